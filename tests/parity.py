@@ -1,0 +1,241 @@
+"""Runs the reference's steps with this project's code and compares: python tests/parity.py DIR.
+
+DIR is laid out like reference/A: config.json, init.npz, batches.npz, expected.npz, from a float32
+run of record #77's own code at a reduced size. Everything about it is read from config.json.
+`python tests/parity.py --loader DIR SHARD...` compares the packing instead (see test_data.py).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+
+import sharding
+import train_gpt
+
+BARS = {"loss": 2e-5, "gradient": 2e-3, "parameter": 1e-4}
+LOADER_BARS = {"tokens": 0}
+
+
+def config_of(spec: dict) -> train_gpt.Config:
+    """The Config that a reference directory's config.json describes."""
+    L, sizes = spec["num_layers"], spec["sizes"]
+    words = ["" for _ in range(L)]
+    letters = {"p": "paired_layers", "l": "long_window_layers", "v": "ve_layers"}
+    for letter, key in letters.items():
+        for i in spec[key]:
+            words[i] += letter
+    (skip,) = set(range(L)) - set(spec["attention_layers"])
+    words[skip] += "k"
+    words[spec.get("skip_from", 3)] += "s"
+    words[spec.get("backout_layer", 7)] += "b"
+    stages = []
+    for i, (start, end) in enumerate(spec["stage_boundaries"]):
+        first = np.array(spec["schedule"][start]["mtp_weights"])
+        slope = spec["schedule"][min(start + 1, end - 1)]["mtp_weights"] - first
+        short, long = (w * spec["block_tokens"] for w in spec["window_blocks"][i])
+        stages.append(
+            train_gpt.Stage(
+                end=end / spec["total_steps"],
+                tokens=spec["sequences_per_step"] * sizes["seq_len"][i],
+                max_doc=sizes["max_doc"][i],
+                short=short,
+                long=long,
+                lr=spec["lr_mul_stages"][i],
+                mtp=tuple(first.tolist()),
+                mtp_end=tuple((first + slope * (end - start)).tolist()),
+            )
+        )
+    muon, adam = (
+        next(p["base_lr"] for p in spec["parameters"] if p["optimizer"] == kind)
+        for kind in ("normuon", "adam")
+    )
+    return train_gpt.Config(
+        steps=spec["total_steps"],
+        rows=spec["sequences_per_step"],
+        device_rows=spec["sequences_per_step"],
+        layers=" ".join(word or "." for word in words),
+        width=spec["model_dim"],
+        heads=sizes["heads"],
+        vocab=sizes["vocab"],
+        bos=sizes["bos_id"],
+        bigram_rows=sizes["bigram_rows"],
+        muon_lr=muon,
+        adam_lr=adam,
+        momentum_rise=spec["momentum"]["warmup_steps"] / spec["total_steps"],
+        momentum_fall=spec["momentum"]["cooldown_steps"] / spec["total_steps"],
+        lr_fall=spec["cooldown_frac"],
+        val_long=spec["final_validation_windows"][1] * spec["block_tokens"],
+        stages=tuple(stages),
+        float32=True,
+    )
+
+
+def head_order(K: int) -> np.ndarray:
+    """Where our head dims stand in the record's: it rotates interleaved pairs, we rotate halves."""
+    half = K // 2
+    pairs = np.arange(half).reshape(-1, 2)
+    still = np.arange(half, K).reshape(2, -1)
+    return np.concatenate([pairs[:, 0], still[0], pairs[:, 1], still[1]])
+
+
+def ours(theirs: dict, c: train_gpt.Config) -> dict:
+    """The record's arrays (parameters or gradients) under our names and in our layout."""
+    D, L, K = c.width, len(c.layers.split()), c.width // c.heads
+    order = (np.arange(c.heads)[:, None] * K + head_order(K)).ravel()
+    attn = theirs["attn_bank"].reshape(-1, 4, D, D)
+    qkv = np.stack([attn[:, 0, order], attn[:, 1, order], attn[:, 2]], 1)
+    scalars = theirs["scalars"]
+    return {
+        "qkv": qkv,
+        "out": attn[:, 3],
+        "up": theirs["mlp_bank"][:L, 0],
+        "down": theirs["mlp_bank"][:L, 1],
+        "head": theirs["lm_head.weight"].T,
+        "embed": theirs["embed.weight"],
+        "value": theirs["value_embeds"].reshape(-1, c.vocab, D).transpose(1, 0, 2),
+        "bigram": theirs["bigram_embed.weight"],
+        "attn_gate": theirs["attn_gate_bank"],
+        "value_gate": theirs["ve_gate_bank"],
+        "smear_gate": theirs["smear_gate.weight"],
+        "skip_gate": theirs["skip_gate.weight"],
+        "qkv_scale": scalars[: 2 * L : 2],
+        "out_scale": scalars[1 : 2 * L : 2],
+        "smear": scalars[2 * L],
+        "backout": scalars[2 * L + 1],
+        "skip": scalars[2 * L + 2],
+        "resid": theirs["resid_lambdas"],
+        "post": theirs["post_lambdas"],
+        "x0_inject": theirs["x0_lambdas"],
+        "bigram_inject": theirs["bigram_lambdas"],
+    }
+
+
+THEIR_NAMES = {
+    "value_embeds": ["value"],
+    "attn_gate_bank": ["attn_gate"],
+    "ve_gate_bank": ["value_gate"],
+    "attn_bank": ["qkv", "out"],
+    "mlp_bank": ["up", "down"],
+    "post_lambdas": ["post"],
+    "x0_lambdas": ["x0_inject"],
+    "bigram_lambdas": ["bigram_inject"],
+    "resid_lambdas": ["resid"],
+    "scalars": ["qkv_scale", "out_scale", "smear", "backout", "skip"],
+    "smear_gate.weight": ["smear_gate"],
+    "skip_gate.weight": ["skip_gate"],
+    "lm_head.weight": ["head"],
+    "embed.weight": ["embed"],
+    "bigram_embed.weight": ["bigram"],
+}
+
+
+def norms(arrays: dict, names) -> np.ndarray:
+    """L2 norms, by the record's parameter names."""
+    square = {k: float(np.sum(np.square(np.asarray(v, np.float64)))) for k, v in arrays.items()}
+    return np.array([sum(square[k] for k in THEIR_NAMES[name]) ** 0.5 for name in names])
+
+
+def rows_of(batches, prefix: str) -> np.ndarray:
+    inputs, targets = (np.atleast_2d(batches[f"{prefix}/{k}"]) for k in ("inputs", "targets"))
+    return np.concatenate([inputs, targets[:, -1:]], 1).astype(np.uint16)
+
+
+def rms_error(a, b) -> float:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(np.sqrt(np.mean((a - b) ** 2)) / max(np.sqrt(np.mean(b**2)), 1e-30))
+
+
+def run(directory, mesh="", steps=None, report=print, **keys) -> dict:
+    """Trains the reference's steps; returns the worst error of each kind."""
+    folder = Path(directory)
+    spec = json.loads((folder / "config.json").read_text())
+    start, batches, want = (
+        np.load(folder / f"{name}.npz") for name in ("init", "batches", "expected")
+    )
+    c = config_of(spec)
+    if keys:
+        c = train_gpt.dataclasses.replace(c, **keys)
+    mesh = sharding.make_mesh(mesh or "fsdp:1")
+    p = train_gpt.program(c, mesh)
+    names = [str(name) for name in want["param_names"]]
+    init = ours({name: start[name] for name in start.files}, c)
+    state = p.init(jax.random.key(0))
+    state["params"] = {
+        k: jax.device_put(np.asarray(w, np.float32), p.placed["params"][k]) for k, w in init.items()
+    }
+    val = rows_of(batches, "val")
+    if len(val) % sharding.ways(mesh, "rows"):
+        val = np.repeat(val, sharding.ways(mesh, "rows"), 0)
+    worst = dict.fromkeys(["loss", "gradient", "parameter"], 0.0)
+    first = {k: np.asarray(v) for k, v in init.items()}
+
+    def see(kind, got, expected):
+        error = float(np.max(np.abs(got - expected) / np.maximum(np.abs(expected), 1e-30)))
+        worst[kind] = max(worst[kind], error)
+        return error
+
+    def full(prefix, grads):
+        """Whole arrays, where the directory has them: rms, which a few flipped elements bear."""
+        for name in names:
+            theirs = {n: np.zeros(start[n].shape) for n in names}
+            if f"{prefix}/{name}" not in want.files:
+                continue
+            theirs[name] = want[f"{prefix}/{name}"]
+            for k in THEIR_NAMES[name]:
+                error = rms_error(grads[k], ours(theirs, c)[k])
+                kind = "full " + prefix.split("/")[1]
+                worst[kind] = max(worst.get(kind, 0.0), error)
+
+    report("step  train loss  expected    error     worst gradient      worst parameter   val error")
+    for step in range(spec["total_steps"] if steps is None else steps):
+        stage = c.stage(step)
+        loss_val = float(p.evaluate(state["params"], val, stage))
+        val_error = see("loss", loss_val, want["val_loss"][step])
+        rows = rows_of(batches, f"step{step}")
+        start_, end = ([0] + c.ends)[stage : stage + 2]
+        weights = np.array(spec["schedule"][step]["mtp_weights"], np.float32)
+        loss, grads = p.gradients(state["params"], rows, stage, weights)
+        grads = {k: np.asarray(g) for k, g in grads.items()}
+        expected = want["train_loss_sum"][step].sum() / (rows.shape[0] * (rows.shape[1] - 1))
+        error = see("loss", float(loss), expected)
+        got, wanted = norms(grads, names), want["grad_norm_this_step"][step]
+        see("gradient", got, wanted)
+        g = int(np.argmax(np.abs(got - wanted) / np.maximum(np.abs(wanted), 1e-30)))
+        full(f"step{step}/grad", grads)
+        state, metrics = p.step(state, rows, stage)
+        see("loss", float(metrics["train_loss"]), expected)
+        params = {k: np.asarray(v) for k, v in state["params"].items()}
+        got_p, wanted_p = norms(params, names), want["param_norm_after"][step]
+        see("parameter", got_p, wanted_p)
+        full(f"step{step}/param_delta", {k: params[k] - first[k] for k in params})
+        full(f"step{step}/param_after", params)
+        q = int(np.argmax(np.abs(got_p - wanted_p) / np.maximum(np.abs(wanted_p), 1e-30)))
+        report(
+            f"{step:4d}  {float(loss):10.6f}  {expected:9.6f}  {error:8.1e}"
+            f"  {abs(got[g] / wanted[g] - 1):8.1e} {names[g]:18s}"
+            f" {abs(got_p[q] / wanted_p[q] - 1):8.1e} {names[q]:15s} {val_error:8.1e}"
+        )
+    if steps is None:
+        last = float(p.evaluate(state["params"], val, len(c.stages)))
+        see("loss", last, want["val_loss"][-1])
+        report(f" end  val {last:.6f}, expected {want['val_loss'][-1]:.6f}")
+    return worst
+
+
+def main(argv) -> int:
+    jax.config.update("jax_platforms", "cpu")
+    worst = run(argv[0])
+    missed = [kind for kind, bar in BARS.items() if worst[kind] > bar]
+    errors = ", ".join(f"{kind} {error:.1e}" for kind, error in worst.items())
+    print(f"parity: {'missed' if missed else 'held'}: worst errors: {errors}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
