@@ -1,6 +1,7 @@
-"""NorMuon and Adam as in record #77, as optax transformations, and the schedules they follow.
+"""NorMuon and Adam as in record #77, as optax transformations of a flat dict of arrays.
 
-Parameters are a flat dict of arrays; per-parameter settings are dicts with the same names.
+`rows` says per parameter what differs, as objects with `lr`, `wd` and `betas`; a transformation
+updates the parameters it has rows for, and leaves the others out. Rates are functions of the step.
 """
 
 from collections.abc import Callable
@@ -10,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# arXiv:2505.16932 (Polar Express), 5 steps to the orthogonal factor
-POLAR_EXPRESS = (
+POLAR_EXPRESS = (  # arXiv:2505.16932, five steps
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -21,87 +21,67 @@ POLAR_EXPRESS = (
 
 
 def orthogonalize(x):
-    """U V^T of matrices (..., rows, columns), nearly: singular values end between 0.7 and 1.2."""
-    tall = x.shape[-2] > x.shape[-1]
+    """Nearly U V^T of matrices (..., rows, columns): U S V^T with S close to 1."""
     square = jnp.square(x.astype(jnp.float32)).sum((-2, -1), keepdims=True)
     x = (x / (1.02 * jnp.sqrt(square) + 1e-6)).astype(x.dtype)
+    tall = x.shape[-2] > x.shape[-1]
     for a, b, c in POLAR_EXPRESS:
-        xt = x.mT
-        gram = xt @ x if tall else x @ xt
+        gram = x.mT @ x if tall else x @ x.mT
         poly = b * gram + c * (gram @ gram)
         x = a * x + (x @ poly if tall else poly @ x)
     return x
 
 
 def normalize_rows(x, second, beta2: float):
-    """NorMuon (arXiv:2510.05491): rows divided by their running size, the matrix's norm kept.
+    """NorMuon (arXiv:2510.05491): rows over their running size, the matrix's norm kept.
 
     x (..., rows, columns), second (..., rows, 1) float32; returns both anew.
     """
     square = jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True)
     second = beta2 * second + (1 - beta2) * square
     scale = jax.lax.rsqrt(jnp.maximum(second, 1e-10))
-    before = square.sum((-2, -1), keepdims=True)
-    after = (square * scale**2).sum((-2, -1), keepdims=True)
+    before, after = square.sum(-2, keepdims=True), (square * scale**2).sum(-2, keepdims=True)
     return (x * scale * jnp.sqrt(before / jnp.maximum(after, 1e-20))).astype(x.dtype), second
 
 
 class NorMuonState(NamedTuple):
     count: jax.Array
     momentum: dict
-    second: dict
+    second: dict  # (..., rows, 1), running mean squares
 
 
-def normuon(
-    learning_rate: Callable,
-    momentum: Callable,
-    lr: dict[str, float],
-    weight_decay: float = 1.2,
-    beta2: float = 0.95,
-    dtype=jnp.bfloat16,
-    split: Callable = lambda x: x,
-) -> optax.GradientTransformation:
-    """NorMuon with cautious weight decay (record 43) for parameters of (..., rows, columns).
+def normuon(rows: dict, rate: Callable, momentum: Callable, dtype=jnp.bfloat16, split=lambda x: x):
+    """NorMuon with cautious weight decay (records 41, 43) for parameters (..., rows, columns).
 
-    `learning_rate` and `momentum` are functions of the step, `lr` multiplies the former. All
-    matrices of one shape are orthogonalised at once, in `dtype`; `split` lays that stack
-    (matrices, rows, columns) out over the devices, whole matrices each.
+    All matrices of one shape are orthogonalised at once, in `dtype`; `split` lays their stack
+    (matrices, rows, columns) out over the devices.
     """
 
     def init(params):
-        second = {name: jnp.zeros((*p.shape[:-1], 1), jnp.float32) for name, p in params.items()}
-        zeros = {name: jnp.zeros(p.shape, jnp.float32) for name, p in params.items()}
+        zeros = {name: jnp.zeros(params[name].shape, jnp.float32) for name in rows}
+        second = {name: z[..., :1] for name, z in zeros.items()}
         return NorMuonState(jnp.zeros((), jnp.int32), zeros, second)
 
-    def direction(grads, second):
-        """Orthogonal, row-normalised matrices for a dict of gradients, a stack per shape."""
-        shapes = {name: g.shape[-2:] for name, g in grads.items()}
-        new = {}
-        for shape in sorted(set(shapes.values())):
-            names = [name for name in grads if shapes[name] == shape]
-            stack = [grads[name].astype(dtype).reshape(-1, *shape) for name in names]
-            rows = [second[name].reshape(-1, shape[0], 1) for name in names]
-            x, v = split(jnp.concatenate(stack)), split(jnp.concatenate(rows))
-            x, v = normalize_rows(orthogonalize(x), v, beta2)
-            start = 0
-            for name, part in zip(names, stack):
-                own = slice(start, start + len(part))
-                start += len(part)
-                new[name] = x[own].reshape(grads[name].shape), v[own].reshape(second[name].shape)
-        return new
-
     def update(grads, state, params):
-        rate, m = learning_rate(state.count), momentum(state.count)
+        grads = {name: grads[name] for name in rows}
+        lr, m, new, second = rate(state.count), momentum(state.count), {}, {}
         average = optax.incremental_update(grads, state.momentum, 1 - m)
         nesterov = optax.incremental_update(average, grads, m)
-        new = direction(nesterov, state.second)
+        for shape in sorted({g.shape[-2:] for g in grads.values()}):
+            names = [name for name in rows if grads[name].shape[-2:] == shape]
+            xs = [nesterov[name].astype(dtype).reshape(-1, *shape) for name in names]
+            vs = [state.second[name].reshape(-1, shape[0], 1) for name in names]
+            x, v = orthogonalize(split(jnp.concatenate(xs))), split(jnp.concatenate(vs))
+            x, v = normalize_rows(x, v, beta2=0.95)
+            for name, count in zip(names, map(len, xs)):
+                new[name] = x[:count].reshape(grads[name].shape)
+                second[name] = v[:count].reshape(state.second[name].shape)
+                x, v = x[count:], v[count:]
 
-        def step(p, x, lr):
-            decay = jnp.where(x * p >= 0, weight_decay * rate * p, 0)
-            return -lr * rate * (decay + x)
+        def step(p, x, mul):
+            return -mul * lr * (x + jnp.where(x * p >= 0, 1.2 * lr * p, 0))
 
-        updates = {name: step(params[name], new[name][0], lr[name]) for name in params}
-        second = {name: v for name, (_, v) in new.items()}
+        updates = {name: step(params[name], new[name], row.lr) for name, row in rows.items()}
         return updates, NorMuonState(state.count + 1, average, second)
 
     return optax.GradientTransformation(init, update)
@@ -109,50 +89,40 @@ def normuon(
 
 class AdamState(NamedTuple):
     count: jax.Array
-    pending: dict
+    pending: dict  # the even steps' gradients
     m: dict
     v: dict
 
 
-def adam(
-    learning_rate: Callable,
-    lr: dict[str, float],
-    betas: dict[str, tuple],
-    wd: dict[str, float],
-    weight_decay: float = 0.005,
-    every: int = 2,
-) -> optax.GradientTransformation:
-    """Adam with cautious weight decay (record 50), on the sum of `every` steps' gradients (39).
+def adam(rows: dict, rate: Callable):
+    """Adam with cautious weight decay (record 50), every second step, on the summed gradient (39).
 
     Its eps is outside the bias correction and its decay goes with the squared learning rate.
     """
 
     def init(params):
-        zeros = {name: jnp.zeros(p.shape, jnp.float32) for name, p in params.items()}
+        zeros = {name: jnp.zeros(params[name].shape, jnp.float32) for name in rows}
         return AdamState(jnp.zeros((), jnp.int32), zeros, zeros, zeros)
-
-    def one(name, g, m, v, p, rate, t):
-        b1, b2 = betas[name]
-        rate = rate * lr[name]
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-        step = rate * jnp.sqrt(1 - b2**t) / (1 - b1**t) * m / (jnp.sqrt(v) + 1e-10)
-        decay = jnp.where(step * p > 0, rate**2 * weight_decay * wd[name] * p, 0)
-        return -(step + decay), jnp.zeros_like(g), m, v
 
     def update(grads, state, params):
         count = state.count + 1
-        pending = {name: state.pending[name] + g for name, g in grads.items()}
+        pending = {name: state.pending[name] + grads[name] for name in rows}
 
         def act(pending, m, v):
-            rate, t = learning_rate(state.count), count // every
-            new = {k: one(k, pending[k], m[k], v[k], params[k], rate, t) for k in pending}
-            return tuple({k: four[i] for k, four in new.items()} for i in range(4))
+            new = {}
+            for name, row in rows.items():
+                (b1, b2), p, g, t = row.betas, params[name], pending[name], count // 2
+                lr = row.lr * rate(state.count)
+                a, b = b1 * m[name] + (1 - b1) * g, b2 * v[name] + (1 - b2) * g * g
+                step = lr * jnp.sqrt(1 - b2**t) / (1 - b1**t) * a / (jnp.sqrt(b) + 1e-10)
+                step += jnp.where(step * p > 0, lr**2 * 0.005 * row.wd * p, 0)
+                new[name] = -step, jnp.zeros_like(g), a, b
+            return tuple({name: four[i] for name, four in new.items()} for i in range(4))
 
         def wait(pending, m, v):
             return jax.tree.map(jnp.zeros_like, pending), pending, m, v
 
-        now = count % every == 0
-        updates, pending, m, v = jax.lax.cond(now, act, wait, pending, state.m, state.v)
-        return updates, AdamState(count, pending, m, v)
+        new = jax.lax.cond(count % 2 == 0, act, wait, pending, state.m, state.v)
+        return new[0], AdamState(count, *new[1:])
 
     return optax.GradientTransformation(init, update)

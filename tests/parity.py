@@ -19,7 +19,6 @@ import sharding
 import train_gpt
 
 BARS = {"loss": 2e-5, "gradient": 2e-3, "parameter": 1e-4}
-LOADER_BARS = {"tokens": 0}
 
 
 def config_of(spec: dict) -> train_gpt.Config:
@@ -55,11 +54,12 @@ def config_of(spec: dict) -> train_gpt.Config:
         next(p["base_lr"] for p in spec["parameters"] if p["optimizer"] == kind)
         for kind in ("normuon", "adam")
     )
+    train_gpt.STAGES["reference"] = tuple(stages)
     return train_gpt.Config(
         steps=spec["total_steps"],
         rows=spec["sequences_per_step"],
         device_rows=spec["sequences_per_step"],
-        layers=" ".join(word or "." for word in words),
+        layers=",".join(word or "o" for word in words),
         width=spec["model_dim"],
         heads=sizes["heads"],
         vocab=sizes["vocab"],
@@ -71,7 +71,7 @@ def config_of(spec: dict) -> train_gpt.Config:
         momentum_fall=spec["momentum"]["cooldown_steps"] / spec["total_steps"],
         lr_fall=spec["cooldown_frac"],
         val_long=spec["final_validation_windows"][1] * spec["block_tokens"],
-        stages=tuple(stages),
+        stages="reference",
         float32=True,
     )
 
@@ -86,7 +86,7 @@ def head_order(K: int) -> np.ndarray:
 
 def ours(theirs: dict, c: train_gpt.Config) -> dict:
     """The record's arrays (parameters or gradients) under our names and in our layout."""
-    D, L, K = c.width, len(c.layers.split()), c.width // c.heads
+    D, L, K = c.width, len(c.layers.split(",")), c.width // c.heads
     order = (np.arange(c.heads)[:, None] * K + head_order(K)).ravel()
     attn = theirs["attn_bank"].reshape(-1, 4, D, D)
     qkv = np.stack([attn[:, 0, order], attn[:, 1, order], attn[:, 2]], 1)
@@ -163,11 +163,12 @@ def run(directory, mesh="", steps=None, report=print, **keys) -> dict:
         c = train_gpt.dataclasses.replace(c, **keys)
     mesh = sharding.make_mesh(mesh or "fsdp:1")
     p = train_gpt.program(c, mesh)
+    place = {k: x.sharding for k, x in p.like["params"].items()}
     names = [str(name) for name in want["param_names"]]
     init = ours({name: start[name] for name in start.files}, c)
     state = p.init(jax.random.key(0))
     state["params"] = {
-        k: jax.device_put(np.asarray(w, np.float32), p.placed["params"][k]) for k, w in init.items()
+        k: jax.device_put(np.asarray(w, np.float32), place[k]) for k, w in init.items()
     }
     val = rows_of(batches, "val")
     if len(val) % sharding.ways(mesh, "rows"):
@@ -192,24 +193,23 @@ def run(directory, mesh="", steps=None, report=print, **keys) -> dict:
                 kind = "full " + prefix.split("/")[1]
                 worst[kind] = max(worst.get(kind, 0.0), error)
 
-    report("step  train loss  expected    error     worst gradient      worst parameter   val error")
+    report(
+        "step  train loss  expected    error     worst gradient      worst parameter   val error"
+    )
     for step in range(spec["total_steps"] if steps is None else steps):
         stage = c.stage(step)
         loss_val = float(p.evaluate(state["params"], val, stage))
         val_error = see("loss", loss_val, want["val_loss"][step])
         rows = rows_of(batches, f"step{step}")
-        start_, end = ([0] + c.ends)[stage : stage + 2]
-        weights = np.array(spec["schedule"][step]["mtp_weights"], np.float32)
-        loss, grads = p.gradients(state["params"], rows, stage, weights)
-        grads = {k: np.asarray(g) for k, g in grads.items()}
+        loss, device_grads = p.gradients(state["params"], rows, step, stage)
+        grads = {k: np.array(g) for k, g in device_grads.items()}
         expected = want["train_loss_sum"][step].sum() / (rows.shape[0] * (rows.shape[1] - 1))
         error = see("loss", float(loss), expected)
         got, wanted = norms(grads, names), want["grad_norm_this_step"][step]
         see("gradient", got, wanted)
         g = int(np.argmax(np.abs(got - wanted) / np.maximum(np.abs(wanted), 1e-30)))
         full(f"step{step}/grad", grads)
-        state, metrics = p.step(state, rows, stage)
-        see("loss", float(metrics["train_loss"]), expected)
+        state, _ = p.update(state, device_grads)
         params = {k: np.asarray(v) for k, v in state["params"].items()}
         got_p, wanted_p = norms(params, names), want["param_norm_after"][step]
         see("parameter", got_p, wanted_p)
@@ -222,7 +222,7 @@ def run(directory, mesh="", steps=None, report=print, **keys) -> dict:
             f" {abs(got_p[q] / wanted_p[q] - 1):8.1e} {names[q]:15s} {val_error:8.1e}"
         )
     if steps is None:
-        last = float(p.evaluate(state["params"], val, len(c.stages)))
+        last = float(p.evaluate(state["params"], val, len(c.schedule())))
         see("loss", last, want["val_loss"][-1])
         report(f" end  val {last:.6f}, expected {want['val_loss'][-1]:.6f}")
     return worst
