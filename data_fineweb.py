@@ -1,10 +1,9 @@
-"""Tokens: shards on disk or from the hub, texts made into shards, documents packed into rows."""
+"""Tokens from shards, the hub or texts, and documents packed into rows as in record #77."""
 
 import difflib
-import functools
-import os
 import sysconfig
 import zlib
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,6 @@ HUB = {  # name -> dataset on the Hugging Face hub, prefix of its files, trainin
     "fineweb10B": ("kjj0/fineweb10B-gpt2", "fineweb", 103),
     "finewebedu10B": ("kjj0/finewebedu10B-gpt2", "finewebedu", 99),
 }
-MAGIC, VERSION, HEADER = 20240520, 1, 256  # int32; then uint16 tokens
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 PIECE = 1024  # training texts are cut into documents of so many tokens
 
@@ -23,79 +21,71 @@ class DataError(ValueError):
     """Something about the data that the user can mend, in one line."""
 
 
+class Corpus(NamedTuple):
+    train: list  # of shards: paths, perhaps not here yet, or tokens
+    val: Path | np.ndarray
+    vocab: int
+    bos: int  # the token that starts every document
+    repo: str = ""  # where on the hub
+
+    def tokens(self, shard) -> np.ndarray:
+        """Tokens (n,) uint16 of a shard, downloaded where it is not here. Raises DataError."""
+        if isinstance(shard, np.ndarray):
+            return shard
+        try:
+            if self.repo and not shard.exists():
+                from huggingface_hub import hf_hub_download
+
+                where = {"repo_type": "dataset", "local_dir": shard.parent}
+                hf_hub_download(self.repo, shard.name, **where)
+            return read_shard(shard, self.vocab)
+        except DataError:
+            raise
+        except Exception as error:  # of the file system and several HTTP libraries
+            why = (str(error).strip() or repr(error)).splitlines()[0]
+            raise DataError(
+                f"{shard}: cannot be had from {self.repo or 'disk'}: {why:.150}"
+            ) from None
+
+
 def read_shard(path: Path, vocab: int) -> np.ndarray:
-    """Tokens (n,) uint16 of a shard in modded-nanogpt's format, mapped. Raises DataError."""
-    try:
-        header, room = np.fromfile(path, "<i4", HEADER), (path.stat().st_size - 4 * HEADER) // 2
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
-    if len(header) < HEADER or header[0] != MAGIC or header[1] != VERSION:
+    """A shard as modded-nanogpt writes them, 256 int32 then uint16, mapped. Raises DataError."""
+    header, room = np.fromfile(path, "<i4", 256), (path.stat().st_size - 1024) // 2
+    if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
         raise DataError(f"{path}: not a token shard: too short, or wrong magic number or version")
     if not 0 < header[2] <= room:
         raise DataError(f"{path}: the header says {header[2]} tokens, {room} are there: cut off?")
-    tokens = np.memmap(path, "<u2", "r", 4 * HEADER, (int(header[2]),))
+    tokens = np.memmap(path, "<u2", "r", 1024, (int(header[2]),))
     if tokens.max() >= vocab:
         raise DataError(f"{path}: token {tokens.max()} is outside the vocabulary of {vocab}")
     return tokens
 
 
-def write_shard(path: Path, tokens):
-    """Writes a shard whole or not at all."""
-    header = np.zeros(HEADER, "<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        part.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-class Corpus(NamedTuple):
-    train: list  # paths of shards; those of the hub may not be here yet
-    val: Path
-    vocab: int
-    bos: int  # the token that starts every document
-    repo: str = ""  # where on the hub
-
-
 def open_corpus(data: str, vocab: int, bos: int, cache: Path = Path("data")) -> Corpus:
-    """The corpus of that name or path; texts are tokenised into `cache`. Raises DataError."""
+    """The corpus of that name or path. Raises DataError."""
     if data in HUB:
         repo, prefix, count = HUB[data]
-        names = [f"{prefix}_train_{i:06d}.bin" for i in range(1, count + 1)]
-        names.append(f"{prefix}_val_000000.bin")
-        *train, val = (cache / data / name for name in names)
-        return Corpus(train, val, vocab, bos, repo)
+        train = [cache / data / f"{prefix}_train_{i + 1:06d}.bin" for i in range(count)]
+        return Corpus(train, cache / data / f"{prefix}_val_000000.bin", vocab, bos, repo)
     root = Path(sysconfig.get_path("stdlib") if data == "stdlib" else data)
-    if not root.exists():
-        close = difflib.get_close_matches(data, [*HUB, "stdlib"], 1)
-        hint = f"did you mean {close[0]}?" if close else f"give a path, {', '.join(HUB)} or stdlib"
-        raise DataError(f"--data={data}: no such data: {hint}")
-    if val := sorted(root.glob("*_val_*.bin")):
-        return Corpus(sorted(root.glob("*_train_*.bin")), val[0], vocab, bos)
-    base, endings = (
-        (root if root.is_dir() else root.parent),
-        [".txt"] + [".py"] * (data == "stdlib"),
-    )
-    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    files = {p.relative_to(base): p for p in files if p.suffix in endings}
+    val, train = (sorted(root.glob(f"*_{part}_*.bin")) for part in ("val", "train"))
+    if val and train:
+        return Corpus(train, val[0], vocab, bos)
+    endings = (".py", ".txt") if data == "stdlib" else (".txt",)
+    files = {p.relative_to(root): p for p in sorted(root.rglob("*")) if p.suffix in endings}
     files = {name.as_posix(): p for name, p in files.items() if not SKIP & {*name.parts}}
+    files = {root.name: root} if root.is_file() else {n: p for n, p in files.items() if p.is_file()}
     if not files:
-        raise DataError(f"--data={data}: neither *_train_*.bin and *_val_*.bin nor .txt in there")
-    stamp = [(name, p.stat().st_size, p.stat().st_mtime_ns) for name, p in files.items()]
-    folder = cache / f"{root.stem}-{zlib.crc32(repr((vocab, bos, stamp)).encode()):08x}"
-    corpus = Corpus([folder / "text_train_000001.bin"], folder / "text_val_000000.bin", vocab, bos)
-    if not (corpus.train[0].exists() and corpus.val.exists()):
-        both = tokenize(files, vocab, bos)
-        write_shard(corpus.train[0], both[0])
-        write_shard(corpus.val, both[1])
-    return corpus
+        near = difflib.get_close_matches(data, [*HUB, "stdlib"], 1)
+        hint = f"did you mean {near[0]}?" if near else f"{', '.join(HUB)}, stdlib or a path"
+        raise DataError(
+            f"--data={data}: no *_train_*.bin with *_val_*.bin and no .txt there: {hint}"
+        )
+    return Corpus(*tokenize(files, vocab, bos), vocab, bos)
 
 
 def tokenize(files: dict, vocab: int, bos: int) -> tuple:
-    """(training, validation) tokens of texts, name -> path, split by a hash of the name.
+    """([training tokens], validation tokens) of texts, name -> path, split by a hash of the name.
 
     Training texts are cut into documents and mixed, by hash too, so that a short run sees of all.
     """
@@ -105,18 +95,18 @@ def tokenize(files: dict, vocab: int, bos: int) -> tuple:
             ids = encode(path.read_bytes(), vocab)
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from None
+        cut = 0 if zlib.crc32(name.encode()) % 20 == 0 else len(ids)
         if len(files) == 1:  # of a lone text the last tenth
-            held_out[name], ids = np.split(ids, [len(ids) - len(ids) // 10])[::-1]
-        if zlib.crc32(name.encode()) % 20 or len(files) == 1:
-            train |= {f"{name} {i}": ids[i : i + PIECE - 1] for i in range(0, len(ids), PIECE - 1)}
-        else:
-            held_out[name] = ids
-    if not held_out:
-        held_out["last"] = train.popitem()[1]
-    mixed = (
-        sorted(part.items(), key=lambda x: zlib.crc32(x[0].encode())) for part in (train, held_out)
-    )
-    return tuple(np.concatenate([x for _, ids in part for x in ([bos], ids)]) for part in mixed)
+            cut = len(ids) * 9 // 10
+        if cut < len(ids):
+            held_out[name] = ids[cut:]
+        train |= {f"{name} {i}": ids[i : min(i + PIECE - 1, cut)] for i in range(0, cut, PIECE - 1)}
+    if not (train and (held_out or len(train) > 1)):
+        raise DataError(f"{next(iter(files.values()))}: too little text to train on and validate")
+    held_out = held_out or dict([train.popitem()])
+    mixed = [sorted(d.items(), key=lambda x: zlib.crc32(x[0].encode())) for d in (train, held_out)]
+    train, held_out = (np.concatenate([x for _, ids in d for x in ([bos], ids)]) for d in mixed)
+    return [train.astype(np.uint16)], held_out.astype(np.uint16)
 
 
 def gpt2():
@@ -130,10 +120,10 @@ def gpt2():
 
 
 def encode(text: bytes, vocab: int) -> np.ndarray:
-    """Tokens of a text, uint16: GPT-2's where the vocabulary has them, else its bytes."""
+    """Tokens of a text: GPT-2's where the vocabulary has them, else its bytes."""
     if vocab > 50256:
         return np.array(gpt2().encode_ordinary(text.decode(errors="replace")), np.uint16)
-    return np.frombuffer(text, np.uint8).astype(np.uint16)
+    return np.frombuffer(text, np.uint8)
 
 
 def decode(tokens: list[int], vocab: int) -> str:
@@ -143,91 +133,56 @@ def decode(tokens: list[int], vocab: int) -> str:
     return bytes(t for t in tokens if t < 256).decode(errors="replace")
 
 
-class Shard:
-    """Tokens (n,), and where documents begin in them, with the end (documents + 1,)."""
+def plan(corpus: Corpus, steps) -> list:
+    """Which pieces of which tokens every row takes, for steps of (row tokens, max_doc, rows).
 
-    def __init__(self, tokens: np.ndarray, bos: int):
-        self.tokens = tokens
-        self.bounds = np.append(np.flatnonzero(tokens == bos), len(tokens))
-        self.filled = functools.cache(self.filled)
-
-    def filled(self, max_doc: int) -> np.ndarray:
-        """Tokens before each document if none gives more than max_doc, (documents + 1,)."""
-        return np.append(0, np.cumsum(np.minimum(np.diff(self.bounds), max_doc)))
-
-
-def load(corpus: Corpus, path: Path) -> Shard:
-    """A shard, downloaded where it is not here. Raises DataError."""
-    if corpus.repo and not path.exists():
-        from huggingface_hub import hf_hub_download
-
-        try:
-            hf_hub_download(corpus.repo, path.name, repo_type="dataset", local_dir=path.parent)
-        except Exception as error:  # of several HTTP libraries
-            why = (str(error).strip() or repr(error)).splitlines()[0]
-            raise DataError(f"cannot download {path.name} of {corpus.repo}: {why:.150}") from None
-    return Shard(read_shard(path, corpus.vocab), corpus.bos)
-
-
-class Plan(NamedTuple):
-    """Which documents every row of every step takes: a batch is a function of its step alone."""
-
-    steps: list  # of (row tokens, max_doc, rows)
-    shards: list
-    at: list  # per step its shard
-    ends: list  # per step the first document of each row, and the one after the last
-
-
-def plan(corpus: Corpus, steps) -> Plan:
-    """Walks the shards for steps of (row tokens, max_doc, rows), downloading what they need.
-
-    A shard's tail that cannot fill all rows of a step is dropped, as in the record. DataError
-    where the data does not last.
+    A row takes documents, cut at max_doc, until it is full; a shard's tail that cannot fill all
+    rows of a step is dropped. Hub shards come as they are needed. DataError where data runs out.
     """
-    plan, at, document = Plan(list(steps), [], [], []), 0, 0
-    for step, (row_tokens, max_doc, rows) in enumerate(plan.steps):
-        ends = []
+    planned, steps, shards, filled = [], list(steps), iter(corpus.train), {}
+    tokens, bounds, document = None, np.zeros(1, int), 0
+    for row_tokens, max_doc, rows in steps:
+        ends = [document]
         while len(ends) <= rows:
-            if at == len(corpus.train):
-                lasts = f"lasts {step} of {len(plan.steps)} steps ({at} shards)"
-                raise DataError(f"training data {lasts}: add shards, or --steps={step}")
-            if at == len(plan.shards):
-                plan.shards.append(load(corpus, corpus.train[at]))
-            filled, ends = plan.shards[at].filled(max_doc), [document]
-            while len(ends) <= rows and ends[-1] < len(filled):
-                ends.append(int(np.searchsorted(filled, filled[ends[-1]] + row_tokens + 1)))
-            if ends[-1] == len(filled):
-                at, document, ends = at + 1, 0, []
+            if max_doc not in filled:  # tokens taken before each document
+                taken = np.minimum(np.diff(bounds), max_doc)
+                filled[max_doc] = np.append(0, np.cumsum(taken))
+            want = filled[max_doc][ends[-1]] + row_tokens + 1
+            ends.append(int(np.searchsorted(filled[max_doc], want)))
+            if ends[-1] == len(bounds):
+                shard = next(shards, None)
+                if shard is None:
+                    lasts = (
+                        f"lasts {len(planned)} of {len(steps)} steps ({len(corpus.train)} shards)"
+                    )
+                    raise DataError(
+                        f"training data {lasts}: add data or set --steps={len(planned)}"
+                    )
+                tokens, ends, filled = corpus.tokens(shard), [0], {}
+                bounds = np.append(np.flatnonzero(tokens == corpus.bos), len(tokens))
         document = ends[-1]
-        plan.at.append(at)
-        plan.ends.append(ends)
-    return plan
+        pieces = [
+            (bounds[i:j], np.minimum(bounds[i + 1 : j + 1], bounds[i:j] + max_doc))
+            for i, j in pairwise(ends)
+        ]
+        planned.append((tokens, row_tokens, pieces))
+    return planned
 
 
-def batch(plan: Plan, step: int, first_row: int, n_rows: int) -> np.ndarray:
-    """Rows of a step's batch, (n_rows, row tokens + 1) uint16, token for token the record's.
-
-    A row takes whole documents, cut at max_doc, until it is full; the last is cut to fit.
-    """
-    (row_tokens, max_doc, _), ends = plan.steps[step], plan.ends[step]
-    tokens, bounds = plan.shards[plan.at[step]].tokens, plan.shards[plan.at[step]].bounds
-    rows = np.empty((n_rows, row_tokens + 1), np.uint16)
-    for row, first, end in zip(rows, ends[first_row:], ends[first_row + 1 :]):
-        documents = (
-            tokens[a : min(a + max_doc, b)] for a, b in zip(bounds[first:end], bounds[first + 1 :])
-        )
-        row[:] = np.concatenate(list(documents))[: len(row)]
-    return rows
+def batch(step: tuple, first_row: int, rows: int) -> np.ndarray:
+    """Some rows of a planned step, (rows, row tokens + 1) uint16, token for token the record's."""
+    tokens, row_tokens, pieces = step
+    out = np.empty((rows, row_tokens + 1), np.uint16)
+    for row, (starts, stops) in zip(out, pieces[first_row:]):
+        row[:] = np.concatenate([tokens[a:b] for a, b in zip(starts, stops)])[: len(row)]
+    return out
 
 
 def validation(corpus: Corpus, tokens: int, row_tokens: int) -> np.ndarray:
-    """The first `tokens` held-out tokens as rows (n, row_tokens + 1), not aligned to documents.
-
-    As many whole rows as there are. Raises DataError where there is none.
-    """
-    held_out = load(corpus, corpus.val).tokens
+    """The first held-out tokens as whole rows (n, row_tokens + 1), not aligned to documents."""
+    held_out = corpus.tokens(corpus.val)
     n = min(tokens, len(held_out) - 1) // row_tokens
     if n < 1:
         most = f"--val_row_tokens={len(held_out) - 1} is the most"
-        raise DataError(f"{corpus.val}: {len(held_out)} tokens do not fill a row: {most}")
+        raise DataError(f"validation: {len(held_out)} tokens do not fill a row: {most}")
     return held_out[np.arange(n)[:, None] * row_tokens + np.arange(row_tokens + 1)]

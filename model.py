@@ -2,22 +2,18 @@
 
 B batch rows  T row tokens  D width  H heads  K head size  F ffn (4 D)  V vocabulary  R bigram rows
 L layers  A attention layers  E value embeddings  G gate inputs  M predicted tokens (MTP)
-
-From `use` on, all runs inside `sharding.spmd`: shapes are one device's, with its part of H, F, V.
 """
 
-import itertools
 import math
 import zlib
-from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-
-from sharding import enter, gather, leave, own, part, total, whole
 
 G = 12  # gates read the first dims of the stream (record 28)
 
@@ -27,7 +23,7 @@ class Param(NamedTuple):
 
     shape: tuple
     axes: tuple  # logical axes, see sharding.RULES
-    init: Callable  # (key, shape) -> float32 array
+    init: tuple  # how and how large
     lr: float  # times its group's learning rate
     wd: float = 1.0  # times its group's weight decay
     betas: tuple = ()  # Adam's; without, it is Muon's
@@ -43,57 +39,42 @@ def param_table(c) -> dict[str, Param]:
     kinds = c.layers.split(",")
     D, H, V, R, F, L = c.width, c.heads, c.vocab, c.bigram_rows, 4 * c.width, len(kinds)
     A, E = sum("k" not in kind for kind in kinds), sum("v" in kind for kind in kinds)
-    bank = uniform(3**0.5 * 0.5 * D**-0.5)  # V and O are not zero: record 64
+    bank = ("uniform", 3**0.5 * 0.5 * D**-0.5)  # V and O are not zero: record 64
     quick, slow, words, tables = (0.9, 0.95), (0.9, 0.99), (0.5, 0.95), (0.75, 0.95)
     return {
         "qkv": Param((A, 3, D, D), (None, None, "heads", "embed"), bank, 1),
         "out": Param((A, D, D), (None, "embed", "heads"), bank, 1),
         "up": Param((L, F, D), (None, "ffn", "embed"), bank, 2),
-        "down": Param((L, F, D), (None, "ffn", "embed"), const(0), 4),
-        "head": Param((V, D), ("vocab", "embed"), normal(0.005), 1, 150, words),
-        "embed": Param((V, D), ("vocab", "embed"), normal(0.005), 1, 150, words),
-        "value": Param((V, E, D), ("table", None, "heads"), normal(0.01), 75, 5, tables),
-        "bigram": Param((R, D), ("vocab", "embed"), const(0), 75, 5, tables),
-        "attn_gate": Param((A, H, G), (None, "heads", None), const(0), 1, 1, slow),
-        "value_gate": Param((E, H, G), (None, "heads", None), const(0), 1, 1, slow),
-        "smear_gate": Param((1, G), (None, None), const(0), 0.01, 0, slow),
-        "skip_gate": Param((1, G), (None, None), const(0), 0.05, 0, slow),
-        "qkv_scale": Param((L,), (None,), const(0.5), 5, 0, slow),
-        "out_scale": Param((L,), (None,), const(1), 5, 0, slow),
-        "smear": Param((), (), const(0), 5, 0, slow),
-        "backout": Param((), (), const(0.5), 5, 0, slow),
-        "skip": Param((), (), const(-1.5), 5, 0, slow),
-        "resid": Param((L, 2), (None, None), const(1.1**0.5), 5, 0, quick),
-        "post": Param((L, 2), (None, None), const(1), 1, 0, quick),
-        "x0_inject": Param((L,), (None,), const(0), 1, 0, quick),
-        "bigram_inject": Param((L,), (None,), const(0.05), 1, 0, quick),
+        "down": Param((L, F, D), (None, "ffn", "embed"), ("const", 0), 4),
+        "head": Param((V, D), ("vocab", "embed"), ("normal", 0.005), 1, 150, words),
+        "embed": Param((V, D), ("vocab", "embed"), ("normal", 0.005), 1, 150, words),
+        "value": Param((V, E, D), ("vocab", None, "embed"), ("normal", 0.01), 75, 5, tables),
+        "bigram": Param((R, D), ("vocab", "embed"), ("const", 0), 75, 5, tables),
+        "attn_gate": Param((A, H, G), (None, "heads", None), ("const", 0), 1, 1, slow),
+        "value_gate": Param((E, H, G), (None, "heads", None), ("const", 0), 1, 1, slow),
+        "smear_gate": Param((1, G), (None, None), ("const", 0), 0.01, 0, slow),
+        "skip_gate": Param((1, G), (None, None), ("const", 0), 0.05, 0, slow),
+        "qkv_scale": Param((L,), (None,), ("const", 0.5), 5, 0, slow),
+        "out_scale": Param((L,), (None,), ("const", 1), 5, 0, slow),
+        "smear": Param((), (), ("const", 0), 5, 0, slow),
+        "backout": Param((), (), ("const", 0.5), 5, 0, slow),
+        "skip": Param((), (), ("const", -1.5), 5, 0, slow),
+        "resid": Param((L, 2), (None, None), ("const", 1.1**0.5), 5, 0, quick),
+        "post": Param((L, 2), (None, None), ("const", 1), 1, 0, quick),
+        "x0_inject": Param((L,), (None,), ("const", 0), 1, 0, quick),
+        "bigram_inject": Param((L,), (None,), ("const", 0.05), 1, 0, quick),
     }
-
-
-def normal(std):
-    return lambda key, shape: std * jax.random.normal(key, shape)
-
-
-def uniform(bound):
-    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-
-
-def const(value):
-    return lambda key, shape: jnp.full(shape, value, jnp.float32)
 
 
 def init(table: dict[str, Param], key) -> dict[str, jax.Array]:
     """Start values, float32; the embedding is the head, with which it is tied (record 51)."""
-    keys = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in table}
-    params = {name: row.init(keys[name], row.shape) for name, row in table.items()}
+    draws = {"normal": jax.random.normal, "uniform": partial(jax.random.uniform, minval=-1.0)}
+    draws["const"] = lambda key, shape: jnp.ones(shape)
+    params = {}
+    for name, row in table.items():
+        seed, (how, size) = jax.random.fold_in(key, zlib.crc32(name.encode())), row.init
+        params[name] = size * draws[how](seed, row.shape)
     return params | {"embed": params["head"]}
-
-
-def use(table: dict[str, Param], params, dtype):
-    """The weights for a forward pass: gathered, in `dtype`; the small ones stay float32."""
-    split = {name: any(row.axes) for name, row in table.items()}
-    cast = {name: w.astype(dtype) if split[name] else w for name, w in params.items()}
-    return {name: gather(w, table[name].axes) for name, w in cast.items()}
 
 
 class View(NamedTuple):
@@ -108,7 +89,7 @@ class View(NamedTuple):
 def yarn(K: int, longs) -> tuple[np.ndarray, float]:
     """Frequencies and scale after the long window went through `longs` tokens (record 31)."""
     freqs, scale = (1 / 1024) ** np.linspace(0, 1, K // 4, dtype=np.float32), 0.1
-    for old, new in itertools.pairwise(longs):
+    for old, new in pairwise(longs):
         keep = np.clip((old * freqs / (2 * np.pi) - 1) / 31, 0, 1)
         freqs = freqs * (old / new + keep * (1 - old / new))
         scale *= 0.2 * math.log(new / old) + 1
@@ -144,16 +125,6 @@ def bigram_hash(tokens_BT, R: int):
     return ((36313 * tokens_BT ^ 27191 * before) % (R - 1)).at[:, 0].set(R - 1)
 
 
-def lookup(table, ids):
-    """Rows of a table that is split by rows over `tensor`."""
-    index, parts = part("vocab")
-    if parts == 1:
-        return table[ids]
-    ids = ids - index * len(table)
-    here = (ids >= 0) & (ids < len(table))
-    return leave(jnp.where(here[..., None], table[jnp.where(here, ids, 0)], 0))
-
-
 def attend(q, k, v, doc, window: int, scale: float):
     """Softmax attention of (B, T, H, K) to the same document, `window` tokens back, never ahead.
 
@@ -187,52 +158,43 @@ def attend(q, k, v, doc, window: int, scale: float):
 
 def attention(y, ve, w, kind: str, view: View, doc):
     """Attention of the normed stream y (B, T, D), w one layer's weights, ve (B, T, D) or None."""
-    B, T, D = y.shape
-    y, K = enter(y), 2 * len(view.freqs)
-    qkv = (enter(w["qkv_scale"]) * w["qkv"]).astype(y.dtype).reshape(-1, D)
-    q, k, v = (z.reshape(B, T, -1, K) for z in jnp.split(y @ qkv.T, 3, -1))
-    q, k = norm(q), norm(k)
+    (B, T, D), K = y.shape, 2 * len(view.freqs)
+    qkv = (w["qkv_scale"] * w["qkv"]).astype(y.dtype)
+    q, k, v = (jnp.einsum("btd,ed->bte", y, x).reshape(B, T, -1, K) for x in qkv)
+    q, k, time = norm(q), norm(k), jnp.arange(T, dtype=jnp.float32)[:, None, None]
     if "v" in kind:
-        index, parts = part("heads")
-        first = ve[..., : G // 2]  # dims of head 0, so on the first device
-        first = first if parts == 1 else total(jnp.where(index == 0, first, 0), "heads")
-        seen = y[..., :G] if "p" in kind else jnp.concatenate([y[..., : G // 2], first], -1)
-        v = v + 2 * jax.nn.sigmoid(seen @ w["value_gate"].T)[..., None] * ve.reshape(v.shape)
+        both = jnp.concatenate([y[..., : G // 2], ve[..., : G // 2]], -1)
+        gate = jax.nn.sigmoid((y[..., :G] if "p" in kind else both) @ w["value_gate"].T)
+        v = v + 2 * gate[..., None] * ve.reshape(v.shape)
     window = view.long if "l" in kind else view.short
-    time = jnp.arange(T, dtype=jnp.float32)[:, None, None]
     if "p" in kind:  # heads h and h + H/2 see each other's keys: a row of 2 T with half the heads
-        q, k, v = (whole(z, "heads", 2) for z in (q, k, v))  # pairs cross the devices' parts
-        H = q.shape[2]
-        theta = (2 * time + jnp.arange(H)[:, None] % 2) * view.freqs
+        theta = (2 * time + jnp.arange(q.shape[2])[:, None] % 2) * view.freqs
         q, k, v = (z.reshape(B, 2 * T, -1, K) for z in (rotary(q, theta), rotary(k, theta), v))
-        o = attend(q, k, v, jnp.repeat(doc, 2, 1), window, view.scale)
-        o = own(o.reshape(B, T, H, K), "heads", 2)
+        doc = jnp.repeat(doc, 2, 1)
     else:
         q, k = rotary(q, time * view.freqs), rotary(k, time * view.freqs)
-        if "l" in kind:  # dims that do not turn look one token back (record 49)
-            k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
-        o = attend(q, k, v, doc, window, view.scale)
+    if "l" in kind:  # dims that do not turn look one token back (record 49)
+        k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
+    o = attend(q, k, v, doc, window, view.scale).reshape(B, T, -1, K)
     o = o * jax.nn.sigmoid(y[..., :G] @ w["attn_gate"].T)[..., None]
-    return leave(o.reshape(B, T, -1) @ (enter(w["out_scale"]) * w["out"]).astype(y.dtype).T)
+    return o.reshape(B, T, -1) @ (w["out_scale"] * w["out"]).astype(y.dtype).T
 
 
 def features(w, tokens_BT, c, view: View):
     """Tokens to the normed stream (B, T, D) before the head; w from `use`."""
-    doc, kinds = jnp.cumsum(tokens_BT == c.bos, 1), c.layers.split(",")
-    each = {name: iter(lax.split(w[name], (1,) * len(w[name]))) for name in LAYERED}
-
-    def take(*names):
-        return {name: next(each[name])[0] for name in names}
-
-    x = lookup(w["embed"], tokens_BT)
-    bigram = lookup(w["bigram"], bigram_hash(tokens_BT, c.bigram_rows))
+    doc = jnp.cumsum(tokens_BT == c.bos, 1)
+    banks = ("qkv", "out", "attn_gate", "value_gate", "up", "down", "qkv_scale", "out_scale")
+    each = {name: iter(lax.split(w[name], (1,) * len(w[name]))) for name in banks}
+    take = lambda *names: {name: next(each[name])[0] for name in names}  # noqa: E731
+    x = w["embed"][tokens_BT]
+    bigram = w["bigram"][bigram_hash(tokens_BT, c.bigram_rows)]
     E = w["value"].shape[1]  # one gather of a row for all layers, then slices
     values = iter(jnp.split(w["value"].reshape(len(w["value"]), -1)[tokens_BT], E, -1))
     gate = jax.nn.sigmoid(x[..., :G] @ w["smear_gate"].T).at[:, 0].set(0)
     x = x0 = norm(mix((1, x), (w["smear"] * gate, shift(x))))
     x = mix((1, x), (w["bigram_inject"][0], bigram))
     x_skip = x_back = None
-    for i, kind in enumerate(kinds):
+    for i, kind in enumerate(c.layers.split(",")):
         scales, layer = take("qkv_scale", "out_scale"), take("up", "down")
         if "k" in kind:
             gate = jax.nn.sigmoid(w["skip"]) * 2 * jax.nn.sigmoid(x0[..., :G] @ w["skip_gate"].T)
@@ -244,74 +206,57 @@ def features(w, tokens_BT, c, view: View):
             y = attention(norm(x if x_back is None else x_back), ve, layer, kind, view, doc)
             inject = [(w["x0_inject"][i], x0), (w["bigram_inject"][i], bigram)]
             x = mix((w["resid"][i, 0], x), (w["post"][i, 0], y), *inject[: 2 if i else 1])
-        h = jnp.square(jax.nn.relu(enter(norm(x)) @ layer["up"].T))  # ReLU^2, arXiv:2109.08668
-        x = mix((w["resid"][i, 1], x), (w["post"][i, 1], leave(h @ layer["down"])))
+        h = jnp.square(jax.nn.relu(norm(x) @ layer["up"].T))  # ReLU^2, arXiv:2109.08668
+        x = mix((w["resid"][i, 1], x), (w["post"][i, 1], h @ layer["down"]))
         x_skip = x if "s" in kind else x_skip
         x_back = x if "b" in kind else x_back
     return norm(mix((1, x), (-w["backout"], x_back)))
 
 
-LAYERED = ("qkv", "out", "attn_gate", "value_gate", "up", "down", "qkv_scale", "out_scale")
+def head_scan(grad: bool, x, head, targets, weights):
+    """Summed cross entropy of x (B, T, D), head (V, D), targets (B, T, M) or -1, weights (M,).
 
-
-def head_chunk(x, head, targets, weights):
-    """Summed loss of x (N, D) and the gradient of its logits (N, V); as `head_loss`."""
-    s = jax.nn.sigmoid(((x @ head.T).astype(jnp.float32) + 5) / 7.5)
-    z = 23 * s  # softcap (records 18, 54): bounded, so exp is safe as it is
-    e = jnp.exp(z)
-    sums = total(e.sum(-1), "vocab")
-    weights = jnp.where(targets >= 0, weights, 0)  # (N, M)
-    words = part("vocab")[0] * len(head) + jnp.arange(len(head))
-    hit = sum(jnp.where(t[:, None] == words, m[:, None], 0) for t, m in zip(targets.T, weights.T))
-    loss = (weights.sum(-1) * jnp.log(sums)).sum() - total((hit * z).sum(), "vocab")
-    dz = (weights.sum(-1) / sums)[:, None] * e - hit
-    return loss, (dz * (23 / 7.5) * s * (1 - s)).astype(x.dtype)
-
-
-def head_scan(x, head, targets, weights, grad: bool):
-    """Loss, and where asked its gradients by x and head, a chunk of tokens at a time."""
-    n = math.gcd(len(x), 1 << (2**27 // len(head)).bit_length())
-
-    def step(carry, chunk):
-        loss, dlogits = head_chunk(chunk[0], head, chunk[1], weights)
-        if not grad:
-            return (carry[0] + loss, carry[1]), None
-        f32 = jnp.float32
-        dhead = jnp.einsum("nv,nd->vd", dlogits, chunk[0], preferred_element_type=f32)
-        return (carry[0] + loss, carry[1] + dhead), dlogits @ head
-
-    chunks = x.reshape(-1, n, x.shape[1]), targets.reshape(-1, n, targets.shape[1])
-    zero = jnp.zeros(()), jnp.zeros(head.shape if grad else ())
-    (loss, dhead), dx = lax.scan(step, zero, chunks)
-    return (loss, (dx.reshape(x.shape), dhead)) if grad else loss
-
-
-@jax.custom_vjp
-def head_loss(x, head, targets, weights):
-    """Summed multi-token cross entropy (record 53) that never holds all logits.
-
-    x (N, D), head (V, D), targets (N, M) with -1 for none, weights (M,). In training a chunk's
-    gradients are taken while its logits are there.
+    A chunk of tokens at a time, so that all logits are never there at once. With `grad` also the
+    gradients by x and head, taken while a chunk's logits are there.
     """
-    return head_scan(x, head, targets, weights, False)
+    B, T, D = x.shape
+    n = math.gcd(T, 1 << (2**27 // (B * len(head))).bit_length())
+
+    def chunk(sums, args):
+        x, targets = args  # (B, n, D), (B, n, M)
+        s = jax.nn.sigmoid(((x @ head.T).astype(jnp.float32) + 5) / 7.5)
+        z = 23 * s  # softcap (records 18, 54): bounded, so exp is safe as it is
+        e, m = jnp.exp(z), jnp.where(targets >= 0, weights, 0)
+        sees = [targets[..., k, None] == jnp.arange(len(head)) for k in range(len(weights))]
+        hit = sum(jnp.where(see, m[..., k, None], 0) for k, see in enumerate(sees))
+        norms, m = e.sum(-1, keepdims=True), m.sum(-1, keepdims=True)
+        loss = sums[0] + (m * jnp.log(norms)).sum() - (hit * z).sum()
+        if not grad:
+            return (loss, sums[1]), None
+        dlogits = ((m / norms * e - hit) * (23 / 7.5) * s * (1 - s)).astype(x.dtype)
+        dhead = jnp.einsum("bnv,bnd->vd", dlogits, x, preferred_element_type=jnp.float32)
+        return (loss, sums[1] + dhead), dlogits @ head
+
+    chunks = [a.reshape(B, T // n, n, -1).swapaxes(0, 1) for a in (x, targets)]
+    zeros = jnp.zeros(()), jnp.zeros(head.shape if grad else ())
+    (loss, dhead), dx = lax.scan(chunk, zeros, chunks)
+    return (loss, (dx.swapaxes(0, 1).reshape(B, T, D), dhead.astype(head.dtype))) if grad else loss
 
 
-head_loss.defvjp(
-    lambda *args: head_scan(*args, True),
-    lambda d, g: ((g * d[0]).astype(d[0].dtype), (g * d[1]).astype(d[0].dtype), None, None),
-)
+head_loss = jax.custom_vjp(partial(head_scan, False))
+backward = lambda d, g: (*(g.astype(x.dtype) * x for x in d), None, None)  # noqa: E731
+head_loss.defvjp(partial(head_scan, True), backward)
 
 
 def loss(w, rows, c, view: View, weights):
-    """Cross entropy of the next len(weights) tokens, each weighed, summed over rows (B, T + 1).
+    """Cross entropy of the next len(weights) tokens (record 53), summed over rows (B, T + 1).
 
     Targets beyond the row are dropped; those in the next document count, as in the record.
     """
     tokens, M, T = rows.astype(jnp.int32), len(weights), rows.shape[1] - 1
     ahead = jnp.pad(tokens[:, 1:], ((0, 0), (0, M - 1)), constant_values=-1)
-    targets = jnp.stack([ahead[:, k : k + T] for k in range(M)], -1).reshape(-1, M)
-    x = enter(features(w, tokens[:, :-1], c, view))
-    return head_loss(x.reshape(-1, c.width), w["head"], targets, weights)
+    targets = jnp.stack([ahead[:, k : k + T] for k in range(M)], -1)
+    return head_loss(features(w, tokens[:, :-1], c, view), w["head"], targets, weights)
 
 
 def generate(w, c, view: View, top_k: int, tokens, start, stop, key, temperature):
@@ -319,7 +264,7 @@ def generate(w, c, view: View, top_k: int, tokens, start, stop, key, temperature
 
     def step(i, tokens):
         x = lax.dynamic_slice_in_dim(features(w, tokens, c, view), i - 1, 1, 1)[0, 0]
-        logits = whole(x @ w["head"].T, "vocab", 0).astype(jnp.float32)
+        logits = (x @ w["head"].T).astype(jnp.float32)
         best, ids = lax.top_k(23 * jax.nn.sigmoid((logits + 5) / 7.5), top_k)
         word = ids[jax.random.categorical(jax.random.fold_in(key, i), best / temperature)]
         return lax.dynamic_update_slice(tokens, word[None, None], (0, i))

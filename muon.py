@@ -1,11 +1,10 @@
 """NorMuon and Adam as in record #77, as optax transformations of a flat dict of arrays.
 
-`rows` says per parameter what differs, as objects with `lr`, `wd` and `betas`; a transformation
-updates the parameters it has rows for, and leaves the others out. Rates are functions of the step.
+`rows` says what differs per parameter, as objects with `lr`, `wd` and `betas`; a transformation
+updates the parameters it has rows for and leaves the others out. Rates are functions of the step.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ def orthogonalize(x):
     return x
 
 
-def normalize_rows(x, second, beta2: float):
+def normalize_rows(x, second, beta2: float = 0.95):
     """NorMuon (arXiv:2510.05491): rows over their running size, the matrix's norm kept.
 
     x (..., rows, columns), second (..., rows, 1) float32; returns both anew.
@@ -42,12 +41,6 @@ def normalize_rows(x, second, beta2: float):
     scale = jax.lax.rsqrt(jnp.maximum(second, 1e-10))
     before, after = square.sum(-2, keepdims=True), (square * scale**2).sum(-2, keepdims=True)
     return (x * scale * jnp.sqrt(before / jnp.maximum(after, 1e-20))).astype(x.dtype), second
-
-
-class NorMuonState(NamedTuple):
-    count: jax.Array
-    momentum: dict
-    second: dict  # (..., rows, 1), running mean squares
 
 
 def normuon(rows: dict, rate: Callable, momentum: Callable, dtype=jnp.bfloat16, split=lambda x: x):
@@ -60,38 +53,28 @@ def normuon(rows: dict, rate: Callable, momentum: Callable, dtype=jnp.bfloat16, 
     def init(params):
         zeros = {name: jnp.zeros(params[name].shape, jnp.float32) for name in rows}
         second = {name: z[..., :1] for name, z in zeros.items()}
-        return NorMuonState(jnp.zeros((), jnp.int32), zeros, second)
+        return {"count": jnp.zeros((), jnp.int32), "momentum": zeros, "second": second}
 
     def update(grads, state, params):
-        grads = {name: grads[name] for name in rows}
-        lr, m, new, second = rate(state.count), momentum(state.count), {}, {}
-        average = optax.incremental_update(grads, state.momentum, 1 - m)
+        grads, second = {name: grads[name] for name in rows}, {}
+        lr, m, updates = rate(state["count"]), momentum(state["count"]), {}
+        average = optax.incremental_update(grads, state["momentum"], 1 - m)
         nesterov = optax.incremental_update(average, grads, m)
         for shape in sorted({g.shape[-2:] for g in grads.values()}):
             names = [name for name in rows if grads[name].shape[-2:] == shape]
             xs = [nesterov[name].astype(dtype).reshape(-1, *shape) for name in names]
-            vs = [state.second[name].reshape(-1, shape[0], 1) for name in names]
-            x, v = orthogonalize(split(jnp.concatenate(xs))), split(jnp.concatenate(vs))
-            x, v = normalize_rows(x, v, beta2=0.95)
+            vs = [state["second"][name].reshape(-1, shape[0], 1) for name in names]
+            x, v = split(jnp.concatenate(xs)), split(jnp.concatenate(vs))
+            x, v = normalize_rows(orthogonalize(x), v)
             for name, count in zip(names, map(len, xs)):
-                new[name] = x[:count].reshape(grads[name].shape)
-                second[name] = v[:count].reshape(state.second[name].shape)
+                p, mul = params[name], rows[name].lr
+                step = x[:count].reshape(p.shape)
+                updates[name] = -mul * lr * (step + jnp.where(step * p >= 0, 1.2 * lr * p, 0))
+                second[name] = v[:count].reshape(*p.shape[:-1], 1)
                 x, v = x[count:], v[count:]
-
-        def step(p, x, mul):
-            return -mul * lr * (x + jnp.where(x * p >= 0, 1.2 * lr * p, 0))
-
-        updates = {name: step(params[name], new[name], row.lr) for name, row in rows.items()}
-        return updates, NorMuonState(state.count + 1, average, second)
+        return updates, {"count": state["count"] + 1, "momentum": average, "second": second}
 
     return optax.GradientTransformation(init, update)
-
-
-class AdamState(NamedTuple):
-    count: jax.Array
-    pending: dict  # the even steps' gradients
-    m: dict
-    v: dict
 
 
 def adam(rows: dict, rate: Callable):
@@ -102,27 +85,27 @@ def adam(rows: dict, rate: Callable):
 
     def init(params):
         zeros = {name: jnp.zeros(params[name].shape, jnp.float32) for name in rows}
-        return AdamState(jnp.zeros((), jnp.int32), zeros, zeros, zeros)
+        return {"count": jnp.zeros((), jnp.int32), "pending": zeros, "m": zeros, "v": zeros}
+
+    def one(name, g, m, v, p, step):
+        row, (b1, b2), t = rows[name], rows[name].betas, (step + 1) // 2
+        lr = row.lr * rate(step)
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        move = lr * jnp.sqrt(1 - b2**t) / (1 - b1**t) * m / (jnp.sqrt(v) + 1e-10)
+        move += jnp.where(move * p > 0, lr**2 * 0.005 * row.wd * p, 0)
+        return -move, jnp.zeros_like(g), m, v
 
     def update(grads, state, params):
-        count = state.count + 1
-        pending = {name: state.pending[name] + grads[name] for name in rows}
-
         def act(pending, m, v):
-            new = {}
-            for name, row in rows.items():
-                (b1, b2), p, g, t = row.betas, params[name], pending[name], count // 2
-                lr = row.lr * rate(state.count)
-                a, b = b1 * m[name] + (1 - b1) * g, b2 * v[name] + (1 - b2) * g * g
-                step = lr * jnp.sqrt(1 - b2**t) / (1 - b1**t) * a / (jnp.sqrt(b) + 1e-10)
-                step += jnp.where(step * p > 0, lr**2 * 0.005 * row.wd * p, 0)
-                new[name] = -step, jnp.zeros_like(g), a, b
+            new = {k: one(k, pending[k], m[k], v[k], params[k], state["count"]) for k in rows}
             return tuple({name: four[i] for name, four in new.items()} for i in range(4))
 
         def wait(pending, m, v):
             return jax.tree.map(jnp.zeros_like, pending), pending, m, v
 
-        new = jax.lax.cond(count % 2 == 0, act, wait, pending, state.m, state.v)
-        return new[0], AdamState(count, *new[1:])
+        pending = {name: state["pending"][name] + grads[name] for name in rows}
+        odd = state["count"] % 2 == 1
+        updates, *new = jax.lax.cond(odd, act, wait, pending, state["m"], state["v"])
+        return updates, dict(zip(("pending", "m", "v"), new)) | {"count": state["count"] + 1}
 
     return optax.GradientTransformation(init, update)

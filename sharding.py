@@ -1,10 +1,5 @@
-"""Devices: the processes, the mesh, and the one table that says how every array is split.
+"""Devices: the processes, the mesh, and the one table that says how every array is split."""
 
-Inside `spmd` the program is written for one device, and the functions at the end of this file are
-all of its communication. They take logical axes: the model names what it adds up, not where.
-"""
-
-import functools
 import os
 
 import jax
@@ -12,16 +7,14 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
 # Logical axis of an array -> mesh axes that split it; an axis that is not named here is whole.
 RULES = {
     "rows": ("data", "fsdp"),  # of a batch
     "embed": ("fsdp",),  # ZeRO-3: gathered for use, gradients reduce-scattered (arXiv:1910.02054)
-    "table": ("fsdp",),
-    "vocab": ("tensor",),  # Megatron: words, heads, hidden units are split (arXiv:1909.08053)
+    "vocab": ("tensor",),  # Megatron: words, heads, hidden units stay split (arXiv:1909.08053)
     "heads": ("tensor",),
     "ffn": ("tensor",),
-    "matrices": MESH_AXES,  # Muon: each device orthogonalises its own matrices
+    "matrices": ("data", "fsdp", "tensor"),  # Muon: each device orthogonalises its own
 }
 
 
@@ -30,126 +23,77 @@ class MeshError(ValueError):
 
 
 def start_processes():
-    """Joins the processes of one job, where there are several; a single host needs nothing.
-
-    Knows torchrun's variables, and what `jax.distributed` finds by itself: SLURM, Open MPI,
-    Kubernetes, Cloud TPU pods.
+    """Joins the processes of one job, by torchrun's variables or what `jax.distributed` finds:
+    SLURM, Open MPI, Kubernetes, Cloud TPU pods. A single host needs nothing.
     """
-    env, counts = os.environ, ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETIONS")
-    n, cpu = int(env.get("WORLD_SIZE", 1)), jax.config.jax_platforms == "cpu"
-    if n > 1:
+    env, cpu = os.environ, jax.config.jax_platforms == "cpu"
+    counts = [env.get(n) for n in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETIONS")]
+    if (n := int(env.get("WORLD_SIZE", 1))) > 1:
         local = None if cpu else [int(env.get("LOCAL_RANK", 0))]  # one process per GPU
         address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
         jax.distributed.initialize(address, n, int(env["RANK"]), local)
-    elif max(int(env.get(name) or 1) for name in counts) > 1:
-        jax.distributed.initialize()
-    elif "," in env.get("TPU_WORKER_HOSTNAMES", "") and not cpu:
+    elif max(int(n or 1) for n in counts) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
 
 
 def make_mesh(layout: str) -> Mesh:
     """Mesh of `layout`, e.g. "data:2,fsdp:4"; empty is all devices on fsdp. Raises MeshError."""
-    devices, sizes = jax.devices(), dict.fromkeys(MESH_AXES, 1)
+    devices, sizes = jax.devices(), dict.fromkeys(RULES["matrices"], 1)
     for word in (layout or f"fsdp:{len(devices)}").split(","):
         name, _, size = word.partition(":")
         if name not in sizes or not size.isdigit() or int(size) < 1:
-            raise MeshError(f"--mesh={layout}: '{word}' is not AXIS:SIZE, AXIS of {MESH_AXES}")
+            raise MeshError(f"--mesh={layout}: '{word}' is not AXIS:SIZE, AXIS of {list(sizes)}")
         sizes[name] = int(size)
-    count = int(np.prod(list(sizes.values())))
-    if count > len(devices) or (count < len(devices) and jax.process_count() > 1):
-        raise MeshError(f"--mesh={layout} is {count} devices, but there are {len(devices)}")
-    kinds = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, kinds, devices=devices[:count])
+    n, kinds = int(np.prod(list(sizes.values()))), (AxisType.Auto,) * len(sizes)
+    if n > len(devices) or (n < len(devices) and jax.process_count() > 1):
+        raise MeshError(f"--mesh={layout} is {n} devices, but there are {len(devices)}")
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices[:n])
 
 
-def spec(axes) -> PartitionSpec:
-    """How an array with these logical axes is split."""
-    return PartitionSpec(*(RULES.get(axis) for axis in axes))
-
-
-def placed(mesh: Mesh, axes) -> NamedSharding:
-    return NamedSharding(mesh, spec(axes))
-
-
-def ways(mesh: Mesh, axis: str) -> int:
+def ways(mesh: Mesh, axis) -> int:
     """How many parts a logical axis is cut into."""
     return int(np.prod([mesh.shape[name] for name in RULES.get(axis, ())]))
 
 
-def check(mesh: Mesh, name: str, shape, axes):
-    """Raises MeshError where a dimension cannot be cut evenly: nothing is padded in silence."""
+def placed(mesh: Mesh, axes, shape=(), name: str = "") -> NamedSharding:
+    """Where such an array lives. Raises MeshError for a shape that cannot be cut evenly."""
     for size, axis in zip(shape, axes):
-        n = ways(mesh, axis)
-        if size % n:
-            raise MeshError(f"{name}: {axis} of {size} cannot be split {n} ways: choose --mesh")
+        if size % ways(mesh, axis):
+            cut = f"{axis} of {size} cannot be split {ways(mesh, axis)} ways"
+            raise MeshError(f"{name}: {cut} over {RULES[axis]}: choose another --mesh")
+    return NamedSharding(mesh, PartitionSpec(*(RULES.get(axis) for axis in axes)))
 
 
-def global_rows(mesh: Mesh, n: int, read) -> jax.Array:
-    """n rows over the devices, of which each process makes its own: read(first, count)."""
-    at = placed(mesh, ["rows"])
-    cuts = [s[0].indices(n) for s in at.addressable_devices_indices_map((n,)).values()]
-    first, stop = min(cut[0] for cut in cuts), max(cut[1] for cut in cuts)
-    local = read(first, stop - first)
-    return jax.make_array_from_process_local_data(at, local, (n, *local.shape[1:]))
+def gathered(mesh: Mesh, w, axes):
+    """A weight for use: whole but for `tensor`, all-gathered in its dtype (ZeRO-3)."""
+    axes = [None if RULES.get(axis) == ("fsdp",) else axis for axis in axes]
+    return lax.with_sharding_constraint(w, placed(mesh, axes))
+
+
+def accumulation(mesh: Mesh, n: int, device_rows: int) -> int:
+    """In how many parts n rows go through the devices, each at most device_rows at once."""
+    each = n // ways(mesh, "rows")
+    return next(k for k in range(1, each + 1) if each % k == 0 and each // k <= device_rows)
+
+
+def micro(mesh: Mesh, rows, device_rows: int):
+    """Rows (n, T) as (accumulation, n / accumulation, T); no row changes its device."""
+    steps, parts = accumulation(mesh, len(rows), device_rows), ways(mesh, "rows")
+    rows = rows.reshape(parts, steps, -1, rows.shape[1]).swapaxes(0, 1)
+    rows = rows.reshape(steps, -1, rows.shape[-1])
+    return lax.with_sharding_constraint(rows, placed(mesh, [None, "rows"]))
 
 
 def spread(mesh: Mesh, stack):
     """Lays a stack of matrices out whole, over all devices; zeros fill it up to even parts."""
-    stack = jax.numpy.pad(stack, ((0, -len(stack) % ways(mesh, "matrices")), (0, 0), (0, 0)))
+    stack = jax.numpy.pad(stack, ((0, -len(stack) % mesh.size), (0, 0), (0, 0)))
     return lax.with_sharding_constraint(stack, placed(mesh, ["matrices"]))
 
 
-# One program per device. Pallas kernels need check_vma=False, so the rest states its gradients.
-spmd = functools.partial(jax.shard_map, check_vma=False)
-
-
-def total(x, axis: str):
-    """Sum over the parts of an axis; so is its gradient."""
-    return lax.psum(x, RULES[axis])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def enter(x, names=RULES["heads"]):
-    """Identity, where a whole array goes into split work: its gradient is the parts' sum."""
-    return x
-
-
-enter.defvjp(lambda x, names: (x, None), lambda names, _, g: (lax.psum(g, names),))
-
-
-@jax.custom_vjp
-def leave(x):
-    """Sum, where split work comes together again: its gradient is whole already."""
-    return lax.psum(x, RULES["heads"])
-
-
-leave.defvjp(lambda x: (leave(x), None), lambda _, g: (g,))
-
-
-def gather(w, axes):
-    """A weight for use: whole but for `tensor`. Its gradient comes back summed over all rows and
-    split as the weight is stored, by one reduce-scatter in the weight's own dtype.
-    """
-    stored = [name for axis in axes for name in RULES.get(axis, ())]
-    w = enter(w, tuple(name for name in RULES["rows"] if name not in stored))
-    for dim, axis in enumerate(axes):
-        if RULES.get(axis) == ("fsdp",):
-            w = lax.all_gather(w, "fsdp", axis=dim, tiled=True)
-    return w
-
-
-def part(axis: str) -> tuple:
-    """(index of this device's part, number of parts) of an axis."""
-    return lax.axis_index(RULES[axis]), lax.axis_size(RULES[axis])
-
-
-def whole(x, axis: str, dim: int):
-    """All parts of `x` along `dim`, on every device."""
-    return lax.all_gather(x, RULES[axis], axis=dim, tiled=True)
-
-
-def own(x, axis: str, dim: int):
-    """This device's part of a whole `x` along `dim`."""
-    index, parts = part(axis)
-    size = x.shape[dim] // parts
-    return lax.dynamic_slice_in_dim(x, index * size, size, dim)
+def global_rows(mesh: Mesh, n: int, read) -> jax.Array:
+    """n rows over the devices, of which each process makes its own: read(first, count)."""
+    at = placed(mesh, ["rows"], [n], "batch")
+    cuts = [s[0].indices(n) for s in at.addressable_devices_indices_map((n,)).values()]
+    first, stop = min(cut[0] for cut in cuts), max(cut[1] for cut in cuts)
+    local = read(first, stop - first)
+    return jax.make_array_from_process_local_data(at, local, (n, *local.shape[1:]))

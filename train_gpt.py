@@ -8,16 +8,12 @@ python train_gpt.py [COMMAND] [--key=value ...]      (./launch does the same and
 Keys are the fields of Config, for example --preset=smoke --steps=100 --mesh=data:2,fsdp:4.
 """
 
-import ast
 import dataclasses
 import difflib
-import functools
 import glob
-import inspect
 import json
 import math
 import os
-import platform
 import re
 import secrets
 import signal
@@ -26,21 +22,27 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
+import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import reached_preemption_sync_point
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 import data_fineweb
 import model
 import muon
 import sharding
 
-HERE = Path(__file__).parent
 SOURCES = ("launch", "train_gpt.py", "model.py", "muon.py", "data_fineweb.py", "sharding.py")
 
 
@@ -76,8 +78,8 @@ STAGES = {
 }
 PRESETS = {  # what differs from the defaults of Config
     "speedrun": "",
-    "smoke": "data=stdlib device=cpu float32=true steps=300 val_every=150 device_rows=8 stages=smoke"
-    " layers=pv,ls,k,b,lv width=128 heads=4 vocab=264 bos=256 bigram_rows=4096"
+    "smoke": "data=stdlib device=cpu float32=true steps=300 val_every=150 device_rows=8"
+    " stages=smoke layers=pv,ls,k,b,lv width=128 heads=4 vocab=264 bos=256 bigram_rows=4096"
     " val_tokens=262144 val_row_tokens=8192 val_long=192",
 }
 
@@ -110,8 +112,9 @@ class Config:
     bigram_rows: int = 5 * 50304
     muon_lr: float = 0.023
     adam_lr: float = 0.008
-    lr_fall: float = 0.6  # part of the scheduled steps, at their end, in which the rates fall
-    lr_floor: float = 0.15  # to this part of the base rates
+    lr_fall: float = (
+        0.6  # part of the scheduled steps, at their end, in which the rates fall to 0.15
+    )
     momentum_rise: float = 300 / 1490  # parts of the steps, at their start and end, in which Muon's
     momentum_fall: float = 50 / 1490  # momentum rises from 0.85 to 0.95, and falls again
     val_tokens: int = 10_485_760
@@ -129,82 +132,65 @@ class Config:
 
     def schedule(self) -> list[tuple[int, int, Stage]]:
         """(first step, end, stage) of each stage."""
-        stages = STAGES[self.stages]
-        ends = [round(stage.end * self.steps) for stage in stages]
-        return list(zip([0, *ends], ends, stages))
+        ends = [round(stage.end * self.steps) for stage in STAGES[self.stages]]
+        return list(zip([0, *ends], ends, STAGES[self.stages]))
 
     def stage(self, step: int) -> int:
-        ends = [end for _, end, _ in self.schedule()]
-        return sum(step >= end for end in ends[:-1])
+        return sum(step >= end for _, end, _ in self.schedule()[:-1])
 
 
 # Keys that cannot change the result: a run may go on with other values of them.
-FREE = ("mesh", "device_rows", "val_every", "save_every", "run", "resume", "device", "cpu_devices")
+FREE = {"mesh", "device_rows", "val_every", "save_every", "run", "resume", "device", "cpu_devices"}
 
 
 def choose(what: str, name: str, table: dict):
-    """table[name], or a ConfigError that names the nearest there is."""
+    """table[name], or a ConfigError that says what is nearest."""
     if name not in table:
-        close = difflib.get_close_matches(name, table, 1, 0)
-        raise ConfigError(f"unknown {what} '{name}': did you mean '{close[0]}'?")
+        near = difflib.get_close_matches(name, table, 1, 0)[0]
+        raise ConfigError(f"unknown {what} '{name}': did you mean '{near}'?")
     return table[name]
 
 
 def typed(name: str, value, default):
     """`value`, perhaps text, in the type of the default. Raises ConfigError."""
     kind = type(default)
-    if isinstance(value, str) and kind is not str:
-        try:
-            value = ast.literal_eval(value.title() if kind is bool else value)
-        except (ValueError, SyntaxError):
-            pass
-    value = float(value) if kind is float and type(value) is int else value
-    if type(value) is not kind:
-        raise ConfigError(f"--{name}={value}: expected {kind.__name__}, as in --{name}={default}")
-    return value
+    try:
+        return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
+    except (ValueError, KeyError):
+        why = f"expected {kind.__name__}, as in --{name}={str(default).lower()}"
+        raise ConfigError(f"--{name}={value}: {why}") from None
 
 
-class Program(NamedTuple):
-    """The functions of a config on a mesh. The state is {"params", "muon", "adam", "step"}."""
+def program(c: Config, mesh) -> SimpleNamespace:
+    """The functions of a config on a mesh, and `like`, its state as shapes and places.
 
-    init: callable  # key -> state
-    gradients: callable  # params, rows (rows, T + 1), step, stage -> loss per token, gradients
-    update: callable  # state, gradients -> state, norm of the gradients
-    evaluate: callable  # params, rows, view -> mean loss
-    generate: callable  # params, tokens (1, T), start, stop, key, temperature, top_k -> tokens
-    like: dict  # the state as shapes with their places on the devices
-
-
-def program(c: Config, mesh) -> Program:
-    """Compiles nothing yet. Raises MeshError where the mesh does not fit the model."""
+    init(key) -> state; gradients(params, rows, step, stage) -> loss per token, gradients;
+    update(state, gradients) -> state, their norm; evaluate(params, rows, view) -> mean loss;
+    generate(params, top_k, tokens, start, stop, key, temperature) -> tokens.
+    """
     table, schedule = model.param_table(c), c.schedule()
-    for name, row in table.items():
-        sharding.check(mesh, name, row.shape, row.axes)
-    sharding.check(mesh, "rows", [c.rows], ["rows"])
+    at = {n: sharding.placed(mesh, row.axes, row.shape, n) for n, row in table.items()}
     longs, dtype = [s.long for *_, s in schedule], jnp.float32 if c.float32 else jnp.bfloat16
     yarns = [model.yarn(c.width // c.heads, longs[: i + 1]) for i in range(len(longs))]
     views = [model.View(s.short, s.long, *yarn) for (*_, s), yarn in zip(schedule, yarns)]
     views.append(views[-1]._replace(long=c.val_long))
-    specs = {name: sharding.spec(row.axes) for name, row in table.items()}
-    whole, by_rows = sharding.spec([]), sharding.spec(["rows"])
-    scheduled, untie = schedule[-2][1], schedule[1][1] | 1
+    scheduled, untie = schedule[-2][1], schedule[1][1] | 1  # untied after an Adam step
 
     def rate(base, step):
         lr = jnp.select([step < end for _, end, _ in schedule], [s.lr for *_, s in schedule])
         start = int(scheduled * (1 - c.lr_fall))
         t = jnp.clip((step - start) / max(1, scheduled - start), 0, 1)
-        return base * (lr * (1 - t) + c.lr_floor * t)
+        return base * (lr * (1 - t) + 0.15 * t)
 
     def momentum(step):
         rise, fall = step / c.momentum_rise, (c.steps - step) / c.momentum_fall
         return 0.85 + 0.1 * jnp.clip(jnp.minimum(rise, fall) / c.steps, 0, 1)
 
-    muon_rows = {name: row for name, row in table.items() if not row.betas}
-    adam_rows = {name: row for name, row in table.items() if row.betas}
-    split = functools.partial(sharding.spread, mesh)
+    rows_of = [{n: row for n, row in table.items() if bool(row.betas) == b} for b in (False, True)]
+    muon_rate, split = partial(rate, c.muon_lr), partial(sharding.spread, mesh)
     rules = {
-        "muon": muon.normuon(muon_rows, functools.partial(rate, c.muon_lr), momentum, dtype, split),
-        "adam": muon.adam(adam_rows, functools.partial(rate, c.adam_lr)),
+        "muon": muon.normuon(rows_of[0], muon_rate, momentum, dtype, split),
+        "adam": muon.adam(rows_of[1], partial(rate, c.adam_lr)),
     }
 
     def init(key):
@@ -212,73 +198,55 @@ def program(c: Config, mesh) -> Program:
         states = {name: rule.init(params) for name, rule in rules.items()}
         return {"params": params, "step": jnp.zeros((), jnp.int32), **states}
 
+    def use(params):  # small ones stay float32
+        cast = {n: w.astype(dtype) if any(table[n].axes) else w for n, w in params.items()}
+        return {n: sharding.gathered(mesh, w, table[n].axes) for n, w in cast.items()}
+
     def gradients(params, rows, step, stage):
         start, end, s = schedule[stage]
         t = (step - start) / max(1, end - start)
         weights = (1 - t) * jnp.asarray(s.mtp, jnp.float32) + t * jnp.asarray(s.mtp_end)
 
-        def local(params, rows, weights):
-            w, pull = jax.vjp(lambda params: model.use(table, params, dtype), params)
+        def some(sums, rows):
+            loss = lambda params: model.loss(use(params), rows, c, views[stage], weights)
+            return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params)), None
 
-            def some(sums, rows):
-                new = jax.value_and_grad(model.loss)(w, rows, c, views[stage], weights)
-                return jax.tree.map(jnp.add, sums, new), None
-
-            zeros = jnp.zeros(()), {name: jnp.zeros(x.shape) for name, x in w.items()}
-            rows = rows.reshape(-1, min(c.device_rows, len(rows)), rows.shape[1])
-            (loss, grads), _ = jax.lax.scan(some, zeros, rows)
-            grads = {name: (g / c.rows).astype(w[name].dtype) for name, g in grads.items()}
-            return sharding.total(loss, "rows"), pull(grads)[0]
-
-        f = sharding.spmd(
-            local, mesh=mesh, in_specs=(specs, by_rows, whole), out_specs=(whole, specs)
-        )
-        loss, grads = f(params, rows, weights)
-        return loss / (rows.shape[0] * (rows.shape[1] - 1)), grads
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        (loss, grads), _ = jax.lax.scan(some, zeros, sharding.micro(mesh, rows, c.device_rows))
+        return loss / rows[:, 1:].size, jax.tree.map(lambda g: g / c.rows, grads)
 
     def update(state, grads):
-        norm, params, step = optax.global_norm(grads), state["params"], state["step"]
+        params, step = state["params"], state["step"]
         shared = grads["head"] + grads["embed"]  # tied is to get equal gradients (51, 53)
-        grads |= {n: jnp.where(step <= untie, shared, grads[n]) for n in ("head", "embed")}
+        tied = {name: jnp.where(step <= untie, shared, grads[name]) for name in ("head", "embed")}
         new = {"step": step + 1}
         for name, rule in rules.items():
-            updates, new[name] = rule.update(grads, state[name], params)
+            updates, new[name] = rule.update(grads | tied, state[name], params)
             params = params | {n: params[n] + u for n, u in updates.items()}
-        return new | {"params": params}, norm
+        return new | {"params": params}, optax.global_norm(grads)
 
     def evaluate(params, rows, view):
-        def local(params, rows):
-            w = model.use(table, params, dtype)
-            sums = jax.lax.map(
-                lambda row: model.loss(w, row[None], c, views[view], jnp.ones(1)), rows
-            )
-            return sharding.total(sums.sum(), "rows")
+        w, one = use(params), jnp.ones(1)
+        loss = lambda rows: model.loss(w, rows, c, views[view], one)
+        return jax.lax.map(loss, sharding.micro(mesh, rows, 1)).sum() / rows[:, 1:].size
 
-        f = sharding.spmd(local, mesh=mesh, in_specs=(specs, by_rows), out_specs=whole)
-        return f(params, rows) / (rows.shape[0] * (rows.shape[1] - 1))
-
-    def generate(params, tokens, start, stop, key, temperature, top_k):
-        def local(params, *args):
-            w = model.use(table, params, dtype)
-            return model.generate(w, c, views[-1], top_k, *args)
-
-        f = sharding.spmd(local, mesh=mesh, in_specs=(specs, *[whole] * 5), out_specs=whole)
-        return f(params, tokens, start, stop, key, temperature)
+    def generate(params, top_k, *args):
+        return model.generate(use(params), c, views[-1], top_k, *args)
 
     def place(path, leaf):  # by the name in the table; a dimension of 1 is not split
-        axes = table[path[-1].key].axes if getattr(path[-1], "key", "step") in table else ()
-        at = sharding.placed(mesh, [a if n > 1 else None for a, n in zip(axes, leaf.shape)])
-        return leaf.update(sharding=at)
+        row = table.get(getattr(path[-1], "key", ""), model.Param((), (), (), 0))
+        axes = [axis if size > 1 else None for axis, size in zip(row.axes, leaf.shape)]
+        return leaf.update(sharding=sharding.placed(mesh, axes))
 
     like = jax.tree_util.tree_map_with_path(place, jax.eval_shape(init, jax.random.key(0)))
-    at = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return Program(
-        jax.jit(init, out_shardings=at),
-        jax.jit(gradients, static_argnums=3, out_shardings=(None, at["params"])),
-        jax.jit(update, donate_argnums=(0, 1), out_shardings=(at, None)),
-        jax.jit(evaluate, static_argnums=2),
-        jax.jit(generate, static_argnums=6),
-        like,
+    state_at = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return SimpleNamespace(
+        like=like,
+        init=jax.jit(init, out_shardings=state_at),
+        gradients=jax.jit(gradients, static_argnums=3, out_shardings=(None, at)),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(state_at, None)),
+        evaluate=jax.jit(evaluate, static_argnums=2),
+        generate=jax.jit(generate, static_argnums=1),
     )
 
 
@@ -286,112 +254,75 @@ class Journal:
     """The console, log.txt, metrics.csv and TensorBoard of a run, by process 0."""
 
     def __init__(self, run: Path, c: Config, step: int):
-        from tensorboard.compat.proto.event_pb2 import SessionLog
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        rule, n, kind = "=" * 100, jax.device_count(), jax.devices()[0].device_kind
-        sources = "".join((HERE / name).read_text() for name in SOURCES if (HERE / name).exists())
-        versions = f"Python {platform.python_version()}, JAX {jax.__version__}, {n} x {kind}"
-        config = json.dumps(dataclasses.asdict(c))
-        header = f"{sources}{rule}\n{versions}\nconfig {config}\n{rule}\n"
-        self.steps, self.log, self.csv = c.steps, run / "log.txt", run / "metrics.csv"
-        for path, start in (self.log, header), (self.csv, "step,train_time_ms,name,value\n"):
-            path.write_text(before(path, step) if step else start)
-        self.board = EventFileWriter(str(run / "tensorboard"), flush_secs=5)
+        files = map(Path(__file__).with_name, SOURCES)
+        sources = "".join(file.read_text() for file in files if file.exists())
+        config, rule, chip = json.dumps(dataclasses.asdict(c)), "=" * 100, jax.devices()[0]
+        setup = f"Python {sys.version}, JAX {jax.__version__}, {jax.device_count()} x {chip.device_kind}"
+        log = f"{sources}{rule}\n{setup}\nconfig {config}\n{rule}\n"
+        self.steps, self.shown = c.steps, jax.process_index() == 0
+        self.run = run if self.shown else Path(tempfile.mkdtemp())
+        for name, text in ("log.txt", log), ("metrics.csv", "step,train_time_ms,name,value\n"):
+            if step and self.shown:  # a checkpoint is made before its step's validation
+                text = (run / name).read_text()
+                lines = re.finditer(r"^(?:step:)?(\d+)[/,].*$", text, re.MULTILINE)
+                late = (at for at in lines if int(at[1]) + ("val_loss" in at[0]) > step)
+                text = text[: next((at.start() for at in late), None)]
+            (self.run / name).write_text(text)
+        self.board = EventFileWriter(str(self.run / "tensorboard"), flush_secs=5)
         if step:  # TensorBoard drops what the interrupted run had written from here on
             self.event(step, session_log=SessionLog(status=SessionLog.START))
-        self.text(step, "config", config)
+        self.event(step, summary=text_pb("config", config))
 
     def event(self, step: int, **what):
-        from tensorboard.compat.proto.event_pb2 import Event
-
         self.board.add_event(Event(wall_time=time.time(), step=step, **what))
 
-    def text(self, step: int, tag: str, text: str):
-        from tensorboard.plugins.text.summary_v2 import text_pb
-
-        self.event(step, summary=text_pb(tag, text))
-
-    def say(self, line: str, show: bool = True):
-        with self.log.open("a") as log:
-            log.write(line + "\n")
-        if show and jax.process_index() == 0:
+    def say(self, line: str, show: bool = True, name: str = "log.txt"):
+        with (self.run / name).open("a") as file:
+            file.write(line + "\n")
+        if show and self.shown:
             print(line, flush=True)
 
     def scalar(self, step: int, seconds: float, name: str, value: float, show: bool = True):
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         ms = 1000 * seconds
-        times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
         if name.endswith("loss"):
+            times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
             self.say(f"step:{step}/{self.steps} {name}:{value:.4f} {times}", show)
-        with self.csv.open("a") as csv:
-            csv.write(f"{step},{ms:.0f},{name},{value}\n")
+        self.say(f"{step},{ms:.0f},{name},{value}", False, "metrics.csv")
         at = step if name == "val_loss" else step - 1  # the step whose batch it was
         self.event(at, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
 
 
-def before(path: Path, step: int) -> str:
-    """A log up to the checkpoint of `step`, which is made before that step's validation."""
-    text = path.read_text()
-    for line in re.finditer(r"^(?:step:)?(\d+)[/,].*?(val_loss)?.*$", text, re.MULTILINE):
-        if int(line[1]) + ("val_loss" in line[0]) > step:
-            return text[: line.start()]
-    return text
-
-
-def checkpoints(run: Path):
-    """orbax's manager of the run's two newest checkpoints: {"state", "meta"} each."""
-    import orbax.checkpoint as ocp
-
+def restore(run: Path, like):
+    """orbax's manager of the run's two newest checkpoints, and the newest sound state and meta."""
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    return ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
-
-
-def save(manager, state, **meta):
-    """Starts writing in the background; `state` may be donated when this returns."""
-    from orbax.checkpoint import args
-
-    if meta["step"] in manager.all_steps():  # it could not be read, or this run would be past it
-        manager.delete(meta["step"])
-    both = args.Composite(state=args.StandardSave(state), meta=args.JsonSave(meta))
-    manager.save(meta["step"], args=both)
-
-
-def restore(manager, like):
-    """(state, meta) of the newest checkpoint that can be read, laid out as `like`, or None."""
-    from orbax.checkpoint import args
-
-    both = args.Composite(state=args.StandardRestore(like), meta=args.JsonRestore())
-    steps = sorted(manager.all_steps(), reverse=True)
-    for step in steps:
+    manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
+    both = ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
+    bad = []
+    for step in sorted(manager.all_steps(), reverse=True):
         try:
             got = manager.restore(step, args=both)
-            return got["state"], got["meta"]
+            for damaged in bad:
+                manager.delete(damaged)
+            return manager, got["state"], got["meta"]
         except Exception as error:  # whatever it is that the library stumbles over
             print(f"warning: checkpoint {step} is damaged, trying the one before: {error!s:.200}")
-    if steps:
-        raise ConfigError(f"no checkpoint in {manager.directory} can be read: start another --run")
-    return None
-
-
-class Result(NamedTuple):
-    val_loss: float
-    train_time: float  # seconds
-    run_dir: Path
+            bad.append(step)
+    if bad:
+        raise ConfigError(f"no checkpoint of {run} can be read: start another --run")
+    return manager, None, {"step": 0, "train_time": 0.0}
 
 
 def accelerator() -> str:
     """The accelerator that this machine has, whatever JAX can use of it."""
-    vendors = (Path(path).read_text() for path in glob.glob("/sys/bus/pci/devices/*/vendor"))
     if glob.glob("/dev/nvidia[0-9]*"):
         return "GPU"
+    vendors = map(Path.read_text, map(Path, glob.glob("/sys/bus/pci/devices/*/vendor")))
     return "TPU" if "0x1ae0\n" in vendors else ""
 
 
 def start(c: Config):
     """Devices and processes, once per Python process. Raises ConfigError on a silent fall-back."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(HERE / ".cache" / "jax"))
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".cache/jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_default_matmul_precision", "highest" if c.float32 else None)
     try:
@@ -402,144 +333,131 @@ def start(c: Config):
     except RuntimeError:  # JAX is in use already, as in a notebook or a test
         pass
     if jax.default_backend() == "cpu" and c.device != "cpu" and accelerator():
-        raise ConfigError(
-            f"this machine has a {accelerator()}, but JAX sees only the CPU: install JAX's plugin for"
-            " it (./launch does), end other processes that hold it, or say --device=cpu"
-        )
+        how = "install JAX's plugin (./launch does), end what else holds it, or say --device=cpu"
+        raise ConfigError(f"this machine has a {accelerator()}, but JAX sees the CPU alone: {how}")
 
 
-def open_run(c: Config) -> tuple[Path, str]:
-    """Directory and log of the run so far. Raises ConfigError where it has another config."""
+def config_in(run: Path) -> dict:
+    """The config that a run's log says it has, or {}."""
+    log = run / "log.txt"
+    found = log.exists() and re.search(r"^config (.*)$", log.read_text(), re.MULTILINE)
+    return json.loads(found[1]) if found else {}
+
+
+def open_run(c: Config) -> Path:
+    """The run's directory. Raises ConfigError where it has another config."""
     fresh = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
     names = [c.run or fresh, *(f"{c.run}-{i}" for i in range(1, 1000))]
     run = next(p for p in map(Path("runs").joinpath, names) if c.resume or not p.exists())
+    was, now = config_in(run), dataclasses.asdict(c)
+    differ = {name for name in now if was and was.get(name) != now[name]} - FREE
+    if differ:
+        what = ", ".join(f"{name} was {was.get(name)}" for name in sorted(differ))
+        raise ConfigError(f"{run} has another config: {what}: choose another --run")
     run.mkdir(parents=True, exist_ok=True)
-    log = run / "log.txt"
-    if not log.exists():
-        return run, ""
-    config = re.search(r"^config (.*)$", log.read_text(), re.MULTILINE)
-    was, now = json.loads(config[1]) if config else {}, dataclasses.asdict(c)
-    differ = [f"{name} was {was.get(name)}" for name in now if was.get(name) != now[name]]
-    if differ := [text for text in differ if text.split()[0] not in FREE]:
-        raise ConfigError(f"{run} has another config: {', '.join(differ)}: choose another --run")
-    return run, log.read_text()
+    return run
 
 
-def listen():
-    """A function of the step: were we told to stop? All processes get the same answer."""
-    several, asked = jax.process_count() > 1, []
-
-    def hear(number, frame):
-        signal.signal(number, signal.SIG_DFL)  # the second one stops at once
-        asked.append(number)
-        if several:  # JAX's own preemption service listens to SIGTERM and tells the others
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in [signal.SIGINT] + [signal.SIGTERM] * (not several):
-            signal.signal(number, hear)
-    return multihost_utils.reached_preemption_sync_point if several else lambda step: bool(asked)
+class Result(NamedTuple):
+    val_loss: float
+    train_time: float  # seconds
+    run_dir: Path
 
 
 def train(c: Config) -> Result:
     """Trains, or goes on with the run of that name, to the last step and validation."""
     start(c)
-    run, log = open_run(c)
-    final = rf"^(step:{c.steps}/{c.steps} val_loss:(\S+) train_time:(\d+)ms.*)$"
-    if done := re.search(final, log, re.MULTILINE):
-        print(done[1])
-        return Result(float(done[2]), int(done[3]) / 1000, run)
+    run = open_run(c)
+    if config_in(run):
+        final = rf"^step:{c.steps}/{c.steps} val_loss:(\S+) train_time:(\d+)ms.*$"
+        if done := re.search(final, (run / "log.txt").read_text(), re.MULTILINE):
+            print(done[0])
+            return Result(float(done[1]), int(done[2]) / 1000, run)
     mesh = sharding.make_mesh(c.mesh)
     p, schedule = program(c, mesh), c.schedule()
     corpus = data_fineweb.open_corpus(c.data, c.vocab, c.bos)
     stages = [schedule[c.stage(step)][2] for step in range(c.steps)]
     plan = data_fineweb.plan(corpus, [(s.tokens // c.rows, s.max_doc, c.rows) for s in stages])
     held_out = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
-    sharding.check(mesh, "validation", [len(held_out)], ["rows"])
     val = sharding.global_rows(mesh, len(held_out), lambda first, n: held_out[first : first + n])
 
     def batch(step):
-        read = functools.partial(data_fineweb.batch, plan, min(step, c.steps - 1))
+        read = partial(data_fineweb.batch, plan[min(step, c.steps - 1)])
         return sharding.global_rows(mesh, c.rows, read)
 
-    manager = checkpoints(run)
-    state, meta = restore(manager, p.like) or (None, {"step": 0, "train_time": 0.0})
+    manager, state, meta = restore(run, p.like)
     first, spent = meta["step"], meta["train_time"]
-    journal = Journal(run if jax.process_index() == 0 else Path(tempfile.mkdtemp()), c, first)
-    n = sharding.ways(mesh, "rows")
-    once = min(c.device_rows, c.rows // n)
+    journal, n = Journal(run, c, first), sharding.ways(mesh, "rows")
     for tokens in dict.fromkeys(s.tokens for *_, s in schedule):
         rows = f"{tokens} tokens/step = {c.rows} rows x {tokens // c.rows}"
+        once = c.rows // n // sharding.accumulation(mesh, c.rows, c.device_rows)
         journal.say(f"{rows} = {n} devices x {once} row x {c.rows // n // once} accumulation")
 
     began, like = time.perf_counter(), p.like["params"]
     views = {c.stage(step) for step in range(first, c.steps, c.val_every)} | {len(schedule)}
-    jobs = {("val", i): functools.partial(p.evaluate.lower, like, val, i) for i in views}
-    for i, (begin, end, _) in enumerate(schedule):
-        if max(begin, first) < end:
-            jobs["train", i] = functools.partial(p.gradients.lower, like, batch(begin), begin, i)
-    jobs["update"] = functools.partial(p.update.lower, p.like, like)
+    jobs = {("val", i): partial(p.evaluate.lower, like, val, i) for i in views}
+    for i in {c.stage(step) for step in range(first, c.steps)}:
+        jobs["train", i] = partial(p.gradients.lower, like, batch(schedule[i][0]), 0, i)
+    jobs["update"] = partial(p.update.lower, p.like, like)
     with ThreadPoolExecutor() as pool:
         compiled = dict(zip(jobs, pool.map(lambda lower: lower().compile(), jobs.values())))
     journal.say(f"compiled {len(jobs)} programs in {time.perf_counter() - began:.1f} s")
     state = state or p.init(jax.random.key(c.seed))
 
-    def note(pending):
-        """Writes a step down as soon as the device has finished it."""
-        if pending:
-            step, loss, norm = pending[0], float(pending[1]), float(pending[2])
-            seconds = spent + time.perf_counter() - began
-            show = step <= 5 or step % max(1, c.steps // 25) == 0
-            journal.scalar(step, seconds, "train_loss", loss, show)
-            journal.scalar(step, seconds, "grad_norm", norm)
-            if not math.isfinite(loss + norm):
-                raise ConfigError(
-                    f"step {step}: loss {loss}, gradient {norm}: {run} keeps the last"
-                )
+    def note(step, loss, norm):
+        """Writes a step down when the device has finished it. Raises ConfigError if not finite."""
+        loss, norm = float(loss), float(norm)
+        seconds = spent + time.perf_counter() - began
+        shown = step <= 5 or step % max(1, c.steps // 25) == 0
+        journal.scalar(step, seconds, "train_loss", loss, shown)
+        journal.scalar(step, seconds, "grad_norm", norm)
+        if not math.isfinite(loss + norm):
+            raise ConfigError(f"step {step}: loss {loss}, gradient {norm}: {run} is as last saved")
 
-    stopping = listen()
-    loader = ThreadPoolExecutor(1)
-    ahead, pending, began = loader.submit(batch, first), None, time.perf_counter()
+    asked, loader = [], ThreadPoolExecutor(1)
+    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+    stopping = reached_preemption_sync_point if jax.process_count() > 1 else lambda _: asked
+    ahead, pending, began = loader.submit(batch, first), (), time.perf_counter()
     for step in range(first, c.steps + 1):
-        last = step == c.steps
-        saving, validating = (last or step % n == 0 for n in (c.save_every, c.val_every))
-        if saving or validating or stopping(step):
-            note(pending)
-            pending, spent = None, spent + time.perf_counter() - began
-            stop = stopping(step) and not last
+        last, stop = step == c.steps, stopping(step)
+        saving, validating = (last or step % every == 0 for every in (c.save_every, c.val_every))
+        if saving or validating or stop:
+            pending = pending and note(*pending)
+            spent += time.perf_counter() - began
             if step > first and (saving or stop):
-                save(manager, state, step=step, train_time=spent)
-            if stop:
+                meta = ocp.args.JsonSave({"step": step, "train_time": spent})
+                both = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=meta)
+                manager.save(step, args=both)  # copies now, writes in the background
+            if stop and not last:
                 manager.wait_until_finished()
-                journal.say(
-                    f"stopped at step {step} on request: the same command goes on from here"
-                )
+                journal.say(f"stopped at step {step} as told: the same command goes on from here")
                 raise SystemExit(75)
             if validating:
-                view = len(schedule) if last else c.stage(step)
-                val_loss = float(compiled["val", view](state["params"], val))
+                evaluate = compiled["val", len(schedule) if last else c.stage(step)]
+                val_loss = float(evaluate(state["params"], val))
                 journal.scalar(step, spent, "val_loss", val_loss)
             began = time.perf_counter()
         if not last:
             rows, ahead = ahead.result(), loader.submit(batch, step + 1)
             loss, grads = compiled["train", c.stage(step)](state["params"], rows, step)
             state, norm = compiled["update"](state, grads)
-            note(pending)
+            pending = pending and note(*pending)  # one step late, so the device never waits
             pending = step + 1, loss, norm
     manager.wait_until_finished()
     text = write(c, p, state["params"], "\n", 256, 0.8, 50)
-    journal.text(c.steps, "sample", text)
+    journal.event(c.steps, summary=text_pb("sample", text))
     journal.say(f"sample of {run}:\n{text}")
     return Result(val_loss, spent, run)
 
 
-def write(c: Config, p: Program, params, prompt, n: int, temperature: float, top_k: int) -> str:
+def write(c: Config, p, params, prompt: str, n: int, temperature: float, top_k: int) -> str:
     """The prompt and n tokens that the model puts behind it."""
     ids = [c.bos, *data_fineweb.encode(prompt.encode(), c.vocab)]
-    tokens = np.zeros((1, -(-(len(ids) + n) // 128) * 128), np.int32)
+    tokens, stop = np.zeros((1, -(-(len(ids) + n) // 128) * 128), np.int32), len(ids) + n
     tokens[0, : len(ids)] = ids
-    stop, key = len(ids) + n, jax.random.key(c.seed)
-    out = p.generate(params, tokens, len(ids), stop, key, temperature, min(top_k, c.vocab))
+    key = jax.random.key(c.seed)
+    out = p.generate(params, min(top_k, c.vocab), tokens, len(ids), stop, key, temperature)
     return data_fineweb.decode(np.asarray(out)[0, :stop].tolist(), c.vocab)
 
 
@@ -547,7 +465,9 @@ def sample(c: Config, *, prompt="\n", tokens=256, temperature=0.8, top_k=50):
     """Prints text from the newest checkpoint of a run."""
     start(c)
     p = program(c, sharding.make_mesh(c.mesh))
-    state, _ = restore(checkpoints(Path("runs") / c.run), p.like)
+    _, state, _ = restore(Path("runs", c.run), p.like)
+    if state is None:
+        raise ConfigError(f"--run={c.run}: runs/{c.run} has no checkpoint")
     print(write(c, p, state["params"], prompt, tokens, temperature, top_k))
 
 
@@ -556,31 +476,27 @@ COMMANDS = {"train": train, "sample": sample}
 
 def main(argv: list[str]):
     """Runs a command line. Raises ConfigError, DataError or MeshError for what users can mend."""
-    command = argv.pop(0) if argv and not argv[0].startswith("--") else "train"
+    command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     if {"-h", "--help"} & {command, *argv}:
         print(__doc__)
         return
     run = choose("command", command, COMMANDS)
-    words = [arg.removeprefix("--").partition("=") for arg in argv]
+    words = [word.removeprefix("--").partition("=") for word in argv]
     keys = {name: value if given else "true" for name, given, value in words}
-    own = {}
-    for name, argument in list(inspect.signature(run).parameters.items())[1:]:
-        own[name] = typed(name, keys.pop(name, argument.default), argument.default)
-    if command == "train" and "preset" not in keys:
+    defaults = run.__kwdefaults__ or {}
+    own = {name: typed(name, keys.pop(name, value), value) for name, value in defaults.items()}
+    if "run" in keys and "preset" not in keys:
+        keys = config_in(Path("runs", keys["run"])) | keys
+    if "preset" not in keys:
         keys["preset"] = "speedrun" if accelerator() else "smoke"
         print(f"preset {keys['preset']}, as this machine has {accelerator() or 'no GPU or TPU'}")
-    elif keys.get("run"):  # what the run was made with
-        log = Path("runs", keys["run"], "log.txt")
-        if log.exists():
-            config = re.search(r"^config (.*)$", log.read_text(), re.MULTILINE)
-            keys = json.loads(config[1]) | keys
     run(Config(**keys), **own)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ConfigError, data_fineweb.DataError, sharding.MeshError) as error:
+    except (ConfigError, data_fineweb.DataError, sharding.MeshError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     except jax.errors.JaxRuntimeError as error:
