@@ -48,8 +48,8 @@ def param_table(c) -> dict[str, Param]:
         "down": Param((L, F, D), (None, "ffn", "embed"), ("const", 0), 4),
         "head": Param((V, D), ("vocab", "embed"), ("normal", 0.005), 1, 150, words),
         "embed": Param((V, D), ("vocab", "embed"), ("normal", 0.005), 1, 150, words),
-        "value": Param((V, E, D), ("vocab", None, "embed"), ("normal", 0.01), 75, 5, tables),
-        "bigram": Param((R, D), ("vocab", "embed"), ("const", 0), 75, 5, tables),
+        "value": Param((V, E, D), (None, None, "table"), ("normal", 0.01), 75, 5, tables),
+        "bigram": Param((R, D), (None, "table"), ("const", 0), 75, 5, tables),
         "attn_gate": Param((A, H, G), (None, "heads", None), ("const", 0), 1, 1, slow),
         "value_gate": Param((E, H, G), (None, "heads", None), ("const", 0), 1, 1, slow),
         "smear_gate": Param((1, G), (None, None), ("const", 0), 0.01, 0, slow),
@@ -158,7 +158,7 @@ def attend(q, k, v, doc, window: int, scale: float):
 
 def attention(y, ve, w, kind: str, view: View, doc):
     """Attention of the normed stream y (B, T, D), w one layer's weights, ve (B, T, D) or None."""
-    (B, T, D), K = y.shape, 2 * len(view.freqs)
+    (B, T, _), K = y.shape, 2 * len(view.freqs)
     qkv = (w["qkv_scale"] * w["qkv"]).astype(y.dtype)
     q, k, v = (jnp.einsum("btd,ed->bte", y, x).reshape(B, T, -1, K) for x in qkv)
     q, k, time = norm(q), norm(k), jnp.arange(T, dtype=jnp.float32)[:, None, None]
@@ -259,14 +259,15 @@ def loss(w, rows, c, view: View, weights):
     return head_loss(features(w, tokens[:, :-1], c, view), w["head"], targets, weights)
 
 
-def generate(w, c, view: View, top_k: int, tokens, start, stop, key, temperature):
+def generate(w, c, view: View, tokens, start, stop, key, temperature, top_k):
     """Fills tokens (1, T) from `start` to `stop`, one shape for all lengths: compiled once."""
 
     def step(i, tokens):
         x = lax.dynamic_slice_in_dim(features(w, tokens, c, view), i - 1, 1, 1)[0, 0]
         logits = (x @ w["head"].T).astype(jnp.float32)
-        best, ids = lax.top_k(23 * jax.nn.sigmoid((logits + 5) / 7.5), top_k)
-        word = ids[jax.random.categorical(jax.random.fold_in(key, i), best / temperature)]
+        z = 23 * jax.nn.sigmoid((logits + 5) / 7.5) / temperature
+        z = jnp.where(jnp.argsort(jnp.argsort(-z)) < top_k, z, -jnp.inf)
+        word = jax.random.categorical(jax.random.fold_in(key, i), z)
         return lax.dynamic_update_slice(tokens, word[None, None], (0, i))
 
     return lax.fori_loop(start, stop, step, tokens)

@@ -1,7 +1,5 @@
 """Devices: the processes, the mesh, and the one table that says how every array is split."""
 
-import os
-
 import jax
 import numpy as np
 from jax import lax
@@ -11,6 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 RULES = {
     "rows": ("data", "fsdp"),  # of a batch
     "embed": ("fsdp",),  # ZeRO-3: gathered for use, gradients reduce-scattered (arXiv:1910.02054)
+    "table": ("tensor", "fsdp"),
     "vocab": ("tensor",),  # Megatron: words, heads, hidden units stay split (arXiv:1909.08053)
     "heads": ("tensor",),
     "ffn": ("tensor",),
@@ -20,20 +19,6 @@ RULES = {
 
 class MeshError(ValueError):
     """A layout that does not fit the devices or the model, in one line."""
-
-
-def start_processes():
-    """Joins the processes of one job, by torchrun's variables or what `jax.distributed` finds:
-    SLURM, Open MPI, Kubernetes, Cloud TPU pods. A single host needs nothing.
-    """
-    env, cpu = os.environ, jax.config.jax_platforms == "cpu"
-    counts = [env.get(n) for n in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETIONS")]
-    if (n := int(env.get("WORLD_SIZE", 1))) > 1:
-        local = None if cpu else [int(env.get("LOCAL_RANK", 0))]  # one process per GPU
-        address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
-        jax.distributed.initialize(address, n, int(env["RANK"]), local)
-    elif max(int(n or 1) for n in counts) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
 
 
 def make_mesh(layout: str) -> Mesh:
@@ -66,8 +51,8 @@ def placed(mesh: Mesh, axes, shape=(), name: str = "") -> NamedSharding:
 
 def gathered(mesh: Mesh, w, axes):
     """A weight for use: whole but for `tensor`, all-gathered in its dtype (ZeRO-3)."""
-    axes = [None if RULES.get(axis) == ("fsdp",) else axis for axis in axes]
-    return lax.with_sharding_constraint(w, placed(mesh, axes))
+    kept = [[name for name in RULES.get(axis, ()) if name == "tensor"] for axis in axes]
+    return lax.with_sharding_constraint(w, NamedSharding(mesh, PartitionSpec(*kept)))
 
 
 def accumulation(mesh: Mesh, n: int, device_rows: int) -> int:

@@ -16,10 +16,7 @@ import math
 import os
 import re
 import secrets
-import signal
 import sys
-import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -32,7 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from jax.experimental.multihost_utils import reached_preemption_sync_point
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.text.summary_v2 import text_pb
@@ -51,8 +47,6 @@ class ConfigError(ValueError):
 
 
 class Stage(NamedTuple):
-    """A row of the schedule."""
-
     end: float  # as a part of the run's steps
     tokens: int  # per step
     max_doc: int  # longer documents are cut
@@ -127,8 +121,8 @@ class Config:
         preset = choose("preset", keys.get("preset", "speedrun"), PRESETS)
         for name, value in [*(word.split("=") for word in preset.split()), *keys.items()]:
             values[name] = typed(name, value, choose("key", name, values))
+        choose("stages", values["stages"], STAGES)
         self.__dict__.update(values)
-        choose("stages", self.stages, STAGES)
 
     def schedule(self) -> list[tuple[int, int, Stage]]:
         """(first step, end, stage) of each stage."""
@@ -144,11 +138,10 @@ FREE = {"mesh", "device_rows", "val_every", "save_every", "run", "resume", "devi
 
 
 def choose(what: str, name: str, table: dict):
-    """table[name], or a ConfigError that says what is nearest."""
-    if name not in table:
-        near = difflib.get_close_matches(name, table, 1, 0)[0]
-        raise ConfigError(f"unknown {what} '{name}': did you mean '{near}'?")
-    return table[name]
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, 1, 0)[0]
+    raise ConfigError(f"unknown {what} '{name}': did you mean '{near}'?")
 
 
 def typed(name: str, value, default):
@@ -157,16 +150,14 @@ def typed(name: str, value, default):
     try:
         return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
     except (ValueError, KeyError):
-        why = f"expected {kind.__name__}, as in --{name}={str(default).lower()}"
-        raise ConfigError(f"--{name}={value}: {why}") from None
+        raise ConfigError(f"--{name}={value}: expected {kind.__name__}, like {default}") from None
 
 
 def program(c: Config, mesh) -> SimpleNamespace:
     """The functions of a config on a mesh, and `like`, its state as shapes and places.
 
     init(key) -> state; gradients(params, rows, step, stage) -> loss per token, gradients;
-    update(state, gradients) -> state, their norm; evaluate(params, rows, view) -> mean loss;
-    generate(params, top_k, tokens, start, stop, key, temperature) -> tokens.
+    update(state, gradients) -> state, their norm; evaluate(params, rows, view) -> mean loss.
     """
     table, schedule = model.param_table(c), c.schedule()
     at = {n: sharding.placed(mesh, row.axes, row.shape, n) for n, row in table.items()}
@@ -186,12 +177,11 @@ def program(c: Config, mesh) -> SimpleNamespace:
         rise, fall = step / c.momentum_rise, (c.steps - step) / c.momentum_fall
         return 0.85 + 0.1 * jnp.clip(jnp.minimum(rise, fall) / c.steps, 0, 1)
 
-    rows_of = [{n: row for n, row in table.items() if bool(row.betas) == b} for b in (False, True)]
-    muon_rate, split = partial(rate, c.muon_lr), partial(sharding.spread, mesh)
-    rules = {
-        "muon": muon.normuon(rows_of[0], muon_rate, momentum, dtype, split),
-        "adam": muon.adam(rows_of[1], partial(rate, c.adam_lr)),
-    }
+    adam_rows = {n: row for n, row in table.items() if row.betas}
+    muon_rows, muon_rate = {n: table[n] for n in table.keys() - adam_rows}, partial(rate, c.muon_lr)
+    split = partial(sharding.spread, mesh)
+    rules = {"muon": muon.normuon(muon_rows, muon_rate, momentum, dtype, split)}
+    rules["adam"] = muon.adam(adam_rows, partial(rate, c.adam_lr))
 
     def init(key):
         params = model.init(table, key)
@@ -204,8 +194,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
 
     def gradients(params, rows, step, stage):
         start, end, s = schedule[stage]
-        t = (step - start) / max(1, end - start)
-        weights = (1 - t) * jnp.asarray(s.mtp, jnp.float32) + t * jnp.asarray(s.mtp_end)
+        weights = np.array(s.mtp) + (np.array(s.mtp_end) - s.mtp) * (step - start) / (end - start)
 
         def some(sums, rows):
             loss = lambda params: model.loss(use(params), rows, c, views[stage], weights)
@@ -218,7 +207,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
     def update(state, grads):
         params, step = state["params"], state["step"]
         shared = grads["head"] + grads["embed"]  # tied is to get equal gradients (51, 53)
-        tied = {name: jnp.where(step <= untie, shared, grads[name]) for name in ("head", "embed")}
+        tied = {n: jnp.where(step <= untie, shared, grads[n]) for n in ("head", "embed")}
         new = {"step": step + 1}
         for name, rule in rules.items():
             updates, new[name] = rule.update(grads | tied, state[name], params)
@@ -230,12 +219,9 @@ def program(c: Config, mesh) -> SimpleNamespace:
         loss = lambda rows: model.loss(w, rows, c, views[view], one)
         return jax.lax.map(loss, sharding.micro(mesh, rows, 1)).sum() / rows[:, 1:].size
 
-    def generate(params, top_k, *args):
-        return model.generate(use(params), c, views[-1], top_k, *args)
-
     def place(path, leaf):  # by the name in the table; a dimension of 1 is not split
-        row = table.get(getattr(path[-1], "key", ""), model.Param((), (), (), 0))
-        axes = [axis if size > 1 else None for axis, size in zip(row.axes, leaf.shape)]
+        axes = table[path[-1].key].axes if path[-1].key in table else ()
+        axes = [axis if size > 1 else None for axis, size in zip(axes, leaf.shape)]
         return leaf.update(sharding=sharding.placed(mesh, axes))
 
     like = jax.tree_util.tree_map_with_path(place, jax.eval_shape(init, jax.random.key(0)))
@@ -246,29 +232,29 @@ def program(c: Config, mesh) -> SimpleNamespace:
         gradients=jax.jit(gradients, static_argnums=3, out_shardings=(None, at)),
         update=jax.jit(update, donate_argnums=0, out_shardings=(state_at, None)),
         evaluate=jax.jit(evaluate, static_argnums=2),
-        generate=jax.jit(generate, static_argnums=1),
+        generate=jax.jit(lambda params, *a: model.generate(use(params), c, views[-1], *a)),
     )
 
 
 class Journal:
-    """The console, log.txt, metrics.csv and TensorBoard of a run, by process 0."""
+    """The console, log.txt, metrics.csv and TensorBoard of a run."""
 
     def __init__(self, run: Path, c: Config, step: int):
-        files = map(Path(__file__).with_name, SOURCES)
-        sources = "".join(file.read_text() for file in files if file.exists())
-        config, rule, chip = json.dumps(dataclasses.asdict(c)), "=" * 100, jax.devices()[0]
-        setup = f"Python {sys.version}, JAX {jax.__version__}, {jax.device_count()} x {chip.device_kind}"
+        sources = "".join(Path(__file__).with_name(name).read_text() for name in SOURCES)
+        config, rule, chips = json.dumps(dataclasses.asdict(c)), "=" * 100, jax.devices()
+        setup = (
+            f"Python {sys.version}, JAX {jax.__version__}, {len(chips)} x {chips[0].device_kind}"
+        )
         log = f"{sources}{rule}\n{setup}\nconfig {config}\n{rule}\n"
-        self.steps, self.shown = c.steps, jax.process_index() == 0
-        self.run = run if self.shown else Path(tempfile.mkdtemp())
+        self.steps, self.run = c.steps, run
         for name, text in ("log.txt", log), ("metrics.csv", "step,train_time_ms,name,value\n"):
-            if step and self.shown:  # a checkpoint is made before its step's validation
+            if step:  # a checkpoint is made before its step's validation
                 text = (run / name).read_text()
                 lines = re.finditer(r"^(?:step:)?(\d+)[/,].*$", text, re.MULTILINE)
                 late = (at for at in lines if int(at[1]) + ("val_loss" in at[0]) > step)
                 text = text[: next((at.start() for at in late), None)]
-            (self.run / name).write_text(text)
-        self.board = EventFileWriter(str(self.run / "tensorboard"), flush_secs=5)
+            (run / name).write_text(text)
+        self.board = EventFileWriter(str(run / "tensorboard"), flush_secs=5)
         if step:  # TensorBoard drops what the interrupted run had written from here on
             self.event(step, session_log=SessionLog(status=SessionLog.START))
         self.event(step, summary=text_pb("config", config))
@@ -279,49 +265,38 @@ class Journal:
     def say(self, line: str, show: bool = True, name: str = "log.txt"):
         with (self.run / name).open("a") as file:
             file.write(line + "\n")
-        if show and self.shown:
+        if show:
             print(line, flush=True)
 
     def scalar(self, step: int, seconds: float, name: str, value: float, show: bool = True):
-        ms = 1000 * seconds
+        ms = round(1000 * seconds)
         if name.endswith("loss"):
-            times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
+            times = f"train_time:{ms}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
             self.say(f"step:{step}/{self.steps} {name}:{value:.4f} {times}", show)
-        self.say(f"{step},{ms:.0f},{name},{value}", False, "metrics.csv")
+        self.say(f"{step},{ms},{name},{value}", False, "metrics.csv")
         at = step if name == "val_loss" else step - 1  # the step whose batch it was
         self.event(at, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
 
 
 def restore(run: Path, like):
-    """orbax's manager of the run's two newest checkpoints, and the newest sound state and meta."""
+    """orbax's manager of the run's two newest checkpoints, and state and meta of the newest."""
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
+    if manager.latest_step() is None:
+        return manager, None, {"step": 0, "train_time": 0.0}
     both = ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
-    bad = []
-    for step in sorted(manager.all_steps(), reverse=True):
-        try:
-            got = manager.restore(step, args=both)
-            for damaged in bad:
-                manager.delete(damaged)
-            return manager, got["state"], got["meta"]
-        except Exception as error:  # whatever it is that the library stumbles over
-            print(f"warning: checkpoint {step} is damaged, trying the one before: {error!s:.200}")
-            bad.append(step)
-    if bad:
-        raise ConfigError(f"no checkpoint of {run} can be read: start another --run")
-    return manager, None, {"step": 0, "train_time": 0.0}
+    got = manager.restore(manager.latest_step(), args=both)
+    return manager, got["state"], got["meta"]
 
 
 def accelerator() -> str:
     """The accelerator that this machine has, whatever JAX can use of it."""
-    if glob.glob("/dev/nvidia[0-9]*"):
-        return "GPU"
     vendors = map(Path.read_text, map(Path, glob.glob("/sys/bus/pci/devices/*/vendor")))
-    return "TPU" if "0x1ae0\n" in vendors else ""
+    return "GPU" if glob.glob("/dev/nvidia[0-9]*") else "TPU" if "0x1ae0\n" in vendors else ""
 
 
 def start(c: Config):
-    """Devices and processes, once per Python process. Raises ConfigError on a silent fall-back."""
+    """Sets JAX up, once per Python process. Raises ConfigError on a silent fall to the CPU."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".cache/jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_default_matmul_precision", "highest" if c.float32 else None)
@@ -329,7 +304,6 @@ def start(c: Config):
         if c.device != "auto":
             jax.config.update("jax_platforms", {"gpu": "cuda"}.get(c.device, c.device))
         jax.config.update("jax_num_cpu_devices", c.cpu_devices)
-        sharding.start_processes()
     except RuntimeError:  # JAX is in use already, as in a notebook or a test
         pass
     if jax.default_backend() == "cpu" and c.device != "cpu" and accelerator():
@@ -337,25 +311,11 @@ def start(c: Config):
         raise ConfigError(f"this machine has a {accelerator()}, but JAX sees the CPU alone: {how}")
 
 
-def config_in(run: Path) -> dict:
-    """The config that a run's log says it has, or {}."""
-    log = run / "log.txt"
-    found = log.exists() and re.search(r"^config (.*)$", log.read_text(), re.MULTILINE)
-    return json.loads(found[1]) if found else {}
-
-
-def open_run(c: Config) -> Path:
-    """The run's directory. Raises ConfigError where it has another config."""
-    fresh = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
-    names = [c.run or fresh, *(f"{c.run}-{i}" for i in range(1, 1000))]
-    run = next(p for p in map(Path("runs").joinpath, names) if c.resume or not p.exists())
-    was, now = config_in(run), dataclasses.asdict(c)
-    differ = {name for name in now if was and was.get(name) != now[name]} - FREE
-    if differ:
-        what = ", ".join(f"{name} was {was.get(name)}" for name in sorted(differ))
-        raise ConfigError(f"{run} has another config: {what}: choose another --run")
-    run.mkdir(parents=True, exist_ok=True)
-    return run
+def log_of(run: Path) -> tuple[str, dict]:
+    """A run's log and the config that it says, or nothing."""
+    log = (run / "log.txt").read_text() if (run / "log.txt").exists() else ""
+    found = re.search(r"^config (.*)$", log, re.MULTILINE)
+    return log, json.loads(found[1]) if found else {}
 
 
 class Result(NamedTuple):
@@ -367,12 +327,16 @@ class Result(NamedTuple):
 def train(c: Config) -> Result:
     """Trains, or goes on with the run of that name, to the last step and validation."""
     start(c)
-    run = open_run(c)
-    if config_in(run):
-        final = rf"^step:{c.steps}/{c.steps} val_loss:(\S+) train_time:(\d+)ms.*$"
-        if done := re.search(final, (run / "log.txt").read_text(), re.MULTILINE):
-            print(done[0])
-            return Result(float(done[1]), int(done[2]) / 1000, run)
+    run = Path("runs", c.run or time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2))
+    (log, was), now = log_of(run), dataclasses.asdict(c)
+    differ = sorted(name for name in now if was and was.get(name) != now[name] and name not in FREE)
+    if differ or (was and not c.resume):
+        what = ", ".join(f"{name} was {was.get(name)}" for name in differ) or "--resume=false"
+        raise ConfigError(f"{run} is there already, {what}: choose another --run")
+    final = rf"^step:{c.steps}/{c.steps} val_loss:(\S+) train_time:(\d+)ms.*$"
+    if done := re.search(final, log, re.MULTILINE):
+        print(done[0])
+        return Result(float(done[1]), int(done[2]) / 1000, run)
     mesh = sharding.make_mesh(c.mesh)
     p, schedule = program(c, mesh), c.schedule()
     corpus = data_fineweb.open_corpus(c.data, c.vocab, c.bos)
@@ -385,13 +349,14 @@ def train(c: Config) -> Result:
         read = partial(data_fineweb.batch, plan[min(step, c.steps - 1)])
         return sharding.global_rows(mesh, c.rows, read)
 
+    run.mkdir(parents=True, exist_ok=True)
     manager, state, meta = restore(run, p.like)
     first, spent = meta["step"], meta["train_time"]
     journal, n = Journal(run, c, first), sharding.ways(mesh, "rows")
     for tokens in dict.fromkeys(s.tokens for *_, s in schedule):
         rows = f"{tokens} tokens/step = {c.rows} rows x {tokens // c.rows}"
-        once = c.rows // n // sharding.accumulation(mesh, c.rows, c.device_rows)
-        journal.say(f"{rows} = {n} devices x {once} row x {c.rows // n // once} accumulation")
+        steps = sharding.accumulation(mesh, c.rows, c.device_rows)
+        journal.say(f"{rows} = {n} devices x {c.rows // n // steps} row x {steps} accumulation")
 
     began, like = time.perf_counter(), p.like["params"]
     views = {c.stage(step) for step in range(first, c.steps, c.val_every)} | {len(schedule)}
@@ -414,25 +379,18 @@ def train(c: Config) -> Result:
         if not math.isfinite(loss + norm):
             raise ConfigError(f"step {step}: loss {loss}, gradient {norm}: {run} is as last saved")
 
-    asked, loader = [], ThreadPoolExecutor(1)
-    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
-    stopping = reached_preemption_sync_point if jax.process_count() > 1 else lambda _: asked
+    loader = ThreadPoolExecutor(1)
     ahead, pending, began = loader.submit(batch, first), (), time.perf_counter()
     for step in range(first, c.steps + 1):
-        last, stop = step == c.steps, stopping(step)
+        last = step == c.steps
         saving, validating = (last or step % every == 0 for every in (c.save_every, c.val_every))
-        if saving or validating or stop:
+        if saving or validating:
             pending = pending and note(*pending)
             spent += time.perf_counter() - began
-            if step > first and (saving or stop):
+            if saving and step > first:
                 meta = ocp.args.JsonSave({"step": step, "train_time": spent})
                 both = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=meta)
                 manager.save(step, args=both)  # copies now, writes in the background
-            if stop and not last:
-                manager.wait_until_finished()
-                journal.say(f"stopped at step {step} as told: the same command goes on from here")
-                raise SystemExit(75)
             if validating:
                 evaluate = compiled["val", len(schedule) if last else c.stage(step)]
                 val_loss = float(evaluate(state["params"], val))
@@ -456,8 +414,7 @@ def write(c: Config, p, params, prompt: str, n: int, temperature: float, top_k: 
     ids = [c.bos, *data_fineweb.encode(prompt.encode(), c.vocab)]
     tokens, stop = np.zeros((1, -(-(len(ids) + n) // 128) * 128), np.int32), len(ids) + n
     tokens[0, : len(ids)] = ids
-    key = jax.random.key(c.seed)
-    out = p.generate(params, min(top_k, c.vocab), tokens, len(ids), stop, key, temperature)
+    out = p.generate(params, tokens, len(ids), stop, jax.random.key(c.seed), temperature, top_k)
     return data_fineweb.decode(np.asarray(out)[0, :stop].tolist(), c.vocab)
 
 
@@ -478,15 +435,12 @@ def main(argv: list[str]):
     """Runs a command line. Raises ConfigError, DataError or MeshError for what users can mend."""
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     if {"-h", "--help"} & {command, *argv}:
-        print(__doc__)
-        return
+        return print(__doc__)
     run = choose("command", command, COMMANDS)
-    words = [word.removeprefix("--").partition("=") for word in argv]
-    keys = {name: value if given else "true" for name, given, value in words}
-    defaults = run.__kwdefaults__ or {}
-    own = {name: typed(name, keys.pop(name, value), value) for name, value in defaults.items()}
+    keys = dict((word.removeprefix("--") + "=true").split("=")[:2] for word in argv)
+    own = {k: typed(k, keys.pop(k, d), d) for k, d in (run.__kwdefaults__ or {}).items()}
     if "run" in keys and "preset" not in keys:
-        keys = config_in(Path("runs", keys["run"])) | keys
+        keys = log_of(Path("runs", keys["run"]))[1] | keys
     if "preset" not in keys:
         keys["preset"] = "speedrun" if accelerator() else "smoke"
         print(f"preset {keys['preset']}, as this machine has {accelerator() or 'no GPU or TPU'}")
@@ -497,10 +451,8 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (ConfigError, data_fineweb.DataError, sharding.MeshError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(print(error, file=sys.stderr) or 2)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print("out of device memory: try --device_rows=N with a smaller N", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(print("out of device memory: try a smaller --device_rows=N", file=sys.stderr) or 2)
