@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tiktoken
+from huggingface_hub import hf_hub_download
 
 HUB = {  # name -> dataset on the Hugging Face hub, prefix of its files, training shards
     "fineweb10B": ("kjj0/fineweb10B-gpt2", "fineweb", 103),
@@ -29,23 +31,12 @@ class Corpus(NamedTuple):
     repo: str = ""  # where on the hub
 
     def tokens(self, shard) -> np.ndarray:
-        """Tokens (n,) uint16 of a shard, downloaded where it is not here. Raises DataError."""
+        """Tokens (n,) uint16 of a shard, downloaded where it is not here. Raises OSError."""
         if isinstance(shard, np.ndarray):
             return shard
-        try:
-            if self.repo and not shard.exists():
-                from huggingface_hub import hf_hub_download
-
-                where = {"repo_type": "dataset", "local_dir": shard.parent}
-                hf_hub_download(self.repo, shard.name, **where)
-            return read_shard(shard, self.vocab)
-        except DataError:
-            raise
-        except Exception as error:  # of the file system and several HTTP libraries
-            why = (str(error).strip() or repr(error)).splitlines()[0]
-            raise DataError(
-                f"{shard}: cannot be had from {self.repo or 'disk'}: {why:.150}"
-            ) from None
+        if self.repo and not shard.exists():
+            hf_hub_download(self.repo, shard.name, repo_type="dataset", local_dir=shard.parent)
+        return read_shard(shard, self.vocab)
 
 
 def read_shard(path: Path, vocab: int) -> np.ndarray:
@@ -78,23 +69,17 @@ def open_corpus(data: str, vocab: int, bos: int, cache: Path = Path("data")) -> 
     if not files:
         near = difflib.get_close_matches(data, [*HUB, "stdlib"], 1)
         hint = f"did you mean {near[0]}?" if near else f"{', '.join(HUB)}, stdlib or a path"
-        raise DataError(
-            f"--data={data}: no *_train_*.bin with *_val_*.bin and no .txt there: {hint}"
-        )
+        raise DataError(f"--data={data}: no *_train_*.bin, *_val_*.bin or .txt there: {hint}")
     return Corpus(*tokenize(files, vocab, bos), vocab, bos)
 
 
 def tokenize(files: dict, vocab: int, bos: int) -> tuple:
     """([training tokens], validation tokens) of texts, name -> path, split by a hash of the name.
-
     Training texts are cut into documents and mixed, by hash too, so that a short run sees of all.
     """
     train, held_out = {}, {}
     for name, path in files.items():
-        try:
-            ids = encode(path.read_bytes(), vocab)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from None
+        ids = encode(path.read_bytes(), vocab)
         cut = 0 if zlib.crc32(name.encode()) % 20 == 0 else len(ids)
         if len(files) == 1:  # of a lone text the last tenth
             cut = len(ids) * 9 // 10
@@ -109,33 +94,23 @@ def tokenize(files: dict, vocab: int, bos: int) -> tuple:
     return [train.astype(np.uint16)], held_out.astype(np.uint16)
 
 
-def gpt2():
-    """GPT-2's tokenizer. Raises DataError where its vocabulary cannot be had."""
-    import tiktoken
-
-    try:
-        return tiktoken.get_encoding("r50k_base")
-    except Exception as error:  # its HTTP library's, let through
-        raise DataError(f"cannot download GPT-2's vocabulary: {error!s:.100}") from None
-
-
 def encode(text: bytes, vocab: int) -> np.ndarray:
     """Tokens of a text: GPT-2's where the vocabulary has them, else its bytes."""
-    if vocab > 50256:
-        return np.array(gpt2().encode_ordinary(text.decode(errors="replace")), np.uint16)
-    return np.frombuffer(text, np.uint8)
+    if vocab <= 50256:
+        return np.frombuffer(text, np.uint8)
+    gpt2 = tiktoken.get_encoding("r50k_base")
+    return np.array(gpt2.encode_ordinary(text.decode(errors="replace")), np.uint16)
 
 
 def decode(tokens: list[int], vocab: int) -> str:
     """Text of tokens, less those that stand for none."""
-    if vocab > 50256:
-        return gpt2().decode([t for t in tokens if t < 50256])
-    return bytes(t for t in tokens if t < 256).decode(errors="replace")
+    if vocab <= 50256:
+        return bytes(t for t in tokens if t < 256).decode(errors="replace")
+    return tiktoken.get_encoding("r50k_base").decode([t for t in tokens if t < 50256])
 
 
 def plan(corpus: Corpus, steps) -> list:
     """Which pieces of which tokens every row takes, for steps of (row tokens, max_doc, rows).
-
     A row takes documents, cut at max_doc, until it is full; a shard's tail that cannot fill all
     rows of a step is dropped. Hub shards come as they are needed. DataError where data runs out.
     """
@@ -150,22 +125,16 @@ def plan(corpus: Corpus, steps) -> list:
             want = filled[max_doc][ends[-1]] + row_tokens + 1
             ends.append(int(np.searchsorted(filled[max_doc], want)))
             if ends[-1] == len(bounds):
-                shard = next(shards, None)
+                shard, lasts = next(shards, None), f"{len(planned)} of {len(steps)} steps"
                 if shard is None:
-                    lasts = (
-                        f"lasts {len(planned)} of {len(steps)} steps ({len(corpus.train)} shards)"
-                    )
                     raise DataError(
-                        f"training data {lasts}: add data or set --steps={len(planned)}"
+                        f"training data lasts {lasts}: --steps={len(planned)} or more data"
                     )
                 tokens, ends, filled = corpus.tokens(shard), [0], {}
                 bounds = np.append(np.flatnonzero(tokens == corpus.bos), len(tokens))
+        stops = np.minimum(bounds[1:], bounds[:-1] + max_doc)
+        planned.append((tokens, row_tokens, [(bounds[i:j], stops[i:j]) for i, j in pairwise(ends)]))
         document = ends[-1]
-        pieces = [
-            (bounds[i:j], np.minimum(bounds[i + 1 : j + 1], bounds[i:j] + max_doc))
-            for i, j in pairwise(ends)
-        ]
-        planned.append((tokens, row_tokens, pieces))
     return planned
 
 

@@ -127,7 +127,6 @@ def bigram_hash(tokens_BT, R: int):
 
 def attend(q, k, v, doc, window: int, scale: float):
     """Softmax attention of (B, T, H, K) to the same document, `window` tokens back, never ahead.
-
     A block of queries sees its own and the few blocks before it: memory grows with T x window.
     """
     B, T, H, K = q.shape
@@ -215,9 +214,7 @@ def features(w, tokens_BT, c, view: View):
 
 def head_scan(grad: bool, x, head, targets, weights):
     """Summed cross entropy of x (B, T, D), head (V, D), targets (B, T, M) or -1, weights (M,).
-
-    A chunk of tokens at a time, so that all logits are never there at once. With `grad` also the
-    gradients by x and head, taken while a chunk's logits are there.
+    Goes by chunks of tokens; `grad` takes the gradients by x and head while their logits are there.
     """
     B, T, D = x.shape
     n = math.gcd(T, 1 << (2**27 // (B * len(head))).bit_length())
@@ -250,7 +247,6 @@ head_loss.defvjp(partial(head_scan, True), backward)
 
 def loss(w, rows, c, view: View, weights):
     """Cross entropy of the next len(weights) tokens (record 53), summed over rows (B, T + 1).
-
     Targets beyond the row are dropped; those in the next document count, as in the record.
     """
     tokens, M, T = rows.astype(jnp.int32), len(weights), rows.shape[1] - 1

@@ -1,7 +1,7 @@
 """NorMuon and Adam as in record #77, as optax transformations of a flat dict of arrays.
 
-`rows` says what differs per parameter, as objects with `lr`, `wd` and `betas`; a transformation
-updates the parameters it has rows for and leaves the others out. Rates are functions of the step.
+`rows` has an object with `lr`, `wd`, `betas` for each parameter that a transformation updates;
+rates are functions of the step.
 """
 
 from collections.abc import Callable
@@ -32,10 +32,7 @@ def orthogonalize(x):
 
 
 def normalize_rows(x, second, beta2: float = 0.95):
-    """NorMuon (arXiv:2510.05491): rows over their running size, the matrix's norm kept.
-
-    x (..., rows, columns), second (..., rows, 1) float32; returns both anew.
-    """
+    """Rows over their running size `second` (..., rows, 1), the norm kept (arXiv:2510.05491)."""
     square = jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True)
     second = beta2 * second + (1 - beta2) * square
     scale = jax.lax.rsqrt(jnp.maximum(second, 1e-10))
@@ -46,8 +43,7 @@ def normalize_rows(x, second, beta2: float = 0.95):
 def normuon(rows: dict, rate: Callable, momentum: Callable, dtype=jnp.bfloat16, split=lambda x: x):
     """NorMuon with cautious weight decay (records 41, 43) for parameters (..., rows, columns).
 
-    All matrices of one shape are orthogonalised at once, in `dtype`; `split` lays their stack
-    (matrices, rows, columns) out over the devices.
+    Matrices of one shape are orthogonalised at once, in `dtype`, their stack laid out by `split`.
     """
 
     def init(params):
@@ -78,18 +74,14 @@ def normuon(rows: dict, rate: Callable, momentum: Callable, dtype=jnp.bfloat16, 
 
 
 def adam(rows: dict, rate: Callable):
-    """Adam with cautious weight decay (record 50), every second step, on the summed gradient (39).
-
-    Its eps is outside the bias correction and its decay goes with the squared learning rate.
-    """
+    """Adam with cautious weight decay (record 50), every second step, on the summed gradient (39)."""
 
     def init(params):
         zeros = {name: jnp.zeros(params[name].shape, jnp.float32) for name in rows}
         return {"count": jnp.zeros((), jnp.int32), "pending": zeros, "m": zeros, "v": zeros}
 
-    def one(name, g, m, v, p, step):
-        row, (b1, b2), t = rows[name], rows[name].betas, (step + 1) // 2
-        lr = row.lr * rate(step)
+    def one(row, g, m, v, p, step):  # eps after the bias correction, decay by the squared rate
+        (b1, b2), t, lr = row.betas, (step + 1) // 2, row.lr * rate(step)
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
         move = lr * jnp.sqrt(1 - b2**t) / (1 - b1**t) * m / (jnp.sqrt(v) + 1e-10)
         move += jnp.where(move * p > 0, lr**2 * 0.005 * row.wd * p, 0)
@@ -97,8 +89,9 @@ def adam(rows: dict, rate: Callable):
 
     def update(grads, state, params):
         def act(pending, m, v):
-            new = {k: one(k, pending[k], m[k], v[k], params[k], state["count"]) for k in rows}
-            return tuple({name: four[i] for name, four in new.items()} for i in range(4))
+            step = state["count"]
+            new = [one(row, pending[k], m[k], v[k], params[k], step) for k, row in rows.items()]
+            return tuple(dict(zip(rows, part)) for part in zip(*new))
 
         def wait(pending, m, v):
             return jax.tree.map(jnp.zeros_like, pending), pending, m, v

@@ -43,9 +43,8 @@ def ways(mesh: Mesh, axis) -> int:
 def placed(mesh: Mesh, axes, shape=(), name: str = "") -> NamedSharding:
     """Where such an array lives. Raises MeshError for a shape that cannot be cut evenly."""
     for size, axis in zip(shape, axes):
-        if size % ways(mesh, axis):
-            cut = f"{axis} of {size} cannot be split {ways(mesh, axis)} ways"
-            raise MeshError(f"{name}: {cut} over {RULES[axis]}: choose another --mesh")
+        if size % (n := ways(mesh, axis)):
+            raise MeshError(f"{name}: {axis} of {size} cannot be split {n} ways by --mesh")
     return NamedSharding(mesh, PartitionSpec(*(RULES.get(axis) for axis in axes)))
 
 
@@ -76,7 +75,7 @@ def spread(mesh: Mesh, stack):
 
 
 def global_rows(mesh: Mesh, n: int, read) -> jax.Array:
-    """n rows over the devices, of which each process makes its own: read(first, count)."""
+    """n rows over the devices, each process making its own: read(first, count) -> array."""
     at = placed(mesh, ["rows"], [n], "batch")
     cuts = [s[0].indices(n) for s in at.addressable_devices_indices_map((n,)).values()]
     first, stop = min(cut[0] for cut in cuts), max(cut[1] for cut in cuts)

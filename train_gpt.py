@@ -239,42 +239,39 @@ def program(c: Config, mesh) -> SimpleNamespace:
 class Journal:
     """The console, log.txt, metrics.csv and TensorBoard of a run."""
 
-    def __init__(self, run: Path, c: Config, step: int):
+    def __init__(self, run: Path, c: Config, meta: dict):
         sources = "".join(Path(__file__).with_name(name).read_text() for name in SOURCES)
         config, rule, chips = json.dumps(dataclasses.asdict(c)), "=" * 100, jax.devices()
         setup = (
             f"Python {sys.version}, JAX {jax.__version__}, {len(chips)} x {chips[0].device_kind}"
         )
-        log = f"{sources}{rule}\n{setup}\nconfig {config}\n{rule}\n"
-        self.steps, self.run = c.steps, run
-        for name, text in ("log.txt", log), ("metrics.csv", "step,train_time_ms,name,value\n"):
-            if step:  # a checkpoint is made before its step's validation
-                text = (run / name).read_text()
-                lines = re.finditer(r"^(?:step:)?(\d+)[/,].*$", text, re.MULTILINE)
-                late = (at for at in lines if int(at[1]) + ("val_loss" in at[0]) > step)
-                text = text[: next((at.start() for at in late), None)]
-            (run / name).write_text(text)
+        self.c, self.log, self.csv = c, run / "log.txt", run / "metrics.csv"
         self.board = EventFileWriter(str(run / "tensorboard"), flush_secs=5)
-        if step:  # TensorBoard drops what the interrupted run had written from here on
-            self.event(step, session_log=SessionLog(status=SessionLog.START))
-        self.event(step, summary=text_pb("config", config))
+        if meta["step"]:  # drops what the interrupted run had written after its checkpoint
+            os.truncate(self.log, meta["log"])
+            os.truncate(self.csv, meta["csv"])
+            self.event(meta["step"], session_log=SessionLog(status=SessionLog.START))
+        else:
+            self.log.write_text(f"{sources}{rule}\n{setup}\nconfig {config}\n{rule}\n")
+            self.csv.write_text("step,train_time_ms,name,value\n")
+        self.event(meta["step"], summary=text_pb("config", config))
 
     def event(self, step: int, **what):
         self.board.add_event(Event(wall_time=time.time(), step=step, **what))
 
-    def say(self, line: str, show: bool = True, name: str = "log.txt"):
-        with (self.run / name).open("a") as file:
-            file.write(line + "\n")
+    def say(self, line: str, show: bool = True):
+        with self.log.open("a") as log:
+            log.write(line + "\n")
         if show:
             print(line, flush=True)
 
     def scalar(self, step: int, seconds: float, name: str, value: float, show: bool = True):
-        ms = round(1000 * seconds)
+        ms, at = 1000 * seconds, step - (name != "val_loss")  # the step whose batch it was
         if name.endswith("loss"):
-            times = f"train_time:{ms}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
-            self.say(f"step:{step}/{self.steps} {name}:{value:.4f} {times}", show)
-        self.say(f"{step},{ms},{name},{value}", False, "metrics.csv")
-        at = step if name == "val_loss" else step - 1  # the step whose batch it was
+            times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
+            self.say(f"step:{step}/{self.c.steps} {name}:{value:.4f} {times}", show)
+        with self.csv.open("a") as csv:
+            csv.write(f"{step},{ms:.0f},{name},{value}\n")
         self.event(at, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
 
 
@@ -329,50 +326,47 @@ def train(c: Config) -> Result:
     start(c)
     run = Path("runs", c.run or time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2))
     (log, was), now = log_of(run), dataclasses.asdict(c)
-    differ = sorted(name for name in now if was and was.get(name) != now[name] and name not in FREE)
-    if differ or (was and not c.resume):
-        what = ", ".join(f"{name} was {was.get(name)}" for name in differ) or "--resume=false"
+    differ = [f"{k} was {was.get(k)}" for k in now if k not in FREE and was.get(k) != now[k]]
+    if was and (differ or not c.resume):
+        what = ", ".join(differ) or "--resume=false"
         raise ConfigError(f"{run} is there already, {what}: choose another --run")
-    final = rf"^step:{c.steps}/{c.steps} val_loss:(\S+) train_time:(\d+)ms.*$"
-    if done := re.search(final, log, re.MULTILINE):
+    if done := re.search(
+        rf"^step:{c.steps}/.* val_loss:(\S+) train_time:(\d+).*$", log, re.MULTILINE
+    ):
         print(done[0])
         return Result(float(done[1]), int(done[2]) / 1000, run)
+
     mesh = sharding.make_mesh(c.mesh)
-    p, schedule = program(c, mesh), c.schedule()
+    p, schedule, n = program(c, mesh), c.schedule(), sharding.ways(mesh, "rows")
     corpus = data_fineweb.open_corpus(c.data, c.vocab, c.bos)
     stages = [schedule[c.stage(step)][2] for step in range(c.steps)]
     plan = data_fineweb.plan(corpus, [(s.tokens // c.rows, s.max_doc, c.rows) for s in stages])
     held_out = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
     val = sharding.global_rows(mesh, len(held_out), lambda first, n: held_out[first : first + n])
-
-    def batch(step):
-        read = partial(data_fineweb.batch, plan[min(step, c.steps - 1)])
-        return sharding.global_rows(mesh, c.rows, read)
-
+    batch = lambda step: sharding.global_rows(
+        mesh, c.rows, partial(data_fineweb.batch, plan[min(step, c.steps - 1)])
+    )
     run.mkdir(parents=True, exist_ok=True)
     manager, state, meta = restore(run, p.like)
-    first, spent = meta["step"], meta["train_time"]
-    journal, n = Journal(run, c, first), sharding.ways(mesh, "rows")
-    for tokens in dict.fromkeys(s.tokens for *_, s in schedule):
+    first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
+    steps = sharding.accumulation(mesh, c.rows, c.device_rows)
+    for tokens in dict.fromkeys(s.tokens for s in stages):
         rows = f"{tokens} tokens/step = {c.rows} rows x {tokens // c.rows}"
-        steps = sharding.accumulation(mesh, c.rows, c.device_rows)
         journal.say(f"{rows} = {n} devices x {c.rows // n // steps} row x {steps} accumulation")
 
     began, like = time.perf_counter(), p.like["params"]
-    views = {c.stage(step) for step in range(first, c.steps, c.val_every)} | {len(schedule)}
-    jobs = {("val", i): partial(p.evaluate.lower, like, val, i) for i in views}
+    jobs = {"update": partial(p.update.lower, p.like, like)}
     for i in {c.stage(step) for step in range(first, c.steps)}:
         jobs["train", i] = partial(p.gradients.lower, like, batch(schedule[i][0]), 0, i)
-    jobs["update"] = partial(p.update.lower, p.like, like)
+    for i in {c.stage(step) for step in range(first, c.steps, c.val_every)} | {len(schedule)}:
+        jobs["val", i] = partial(p.evaluate.lower, like, val, i)
     with ThreadPoolExecutor() as pool:
         compiled = dict(zip(jobs, pool.map(lambda lower: lower().compile(), jobs.values())))
     journal.say(f"compiled {len(jobs)} programs in {time.perf_counter() - began:.1f} s")
     state = state or p.init(jax.random.key(c.seed))
 
-    def note(step, loss, norm):
-        """Writes a step down when the device has finished it. Raises ConfigError if not finite."""
-        loss, norm = float(loss), float(norm)
-        seconds = spent + time.perf_counter() - began
+    def note(step, loss, norm):  # waits for the device
+        loss, norm, seconds = float(loss), float(norm), spent + time.perf_counter() - began
         shown = step <= 5 or step % max(1, c.steps // 25) == 0
         journal.scalar(step, seconds, "train_loss", loss, shown)
         journal.scalar(step, seconds, "grad_norm", norm)
@@ -387,8 +381,9 @@ def train(c: Config) -> Result:
         if saving or validating:
             pending = pending and note(*pending)
             spent += time.perf_counter() - began
-            if saving and step > first:
-                meta = ocp.args.JsonSave({"step": step, "train_time": spent})
+            if saving and step > first:  # before validation, which could fail
+                sizes = {"log": journal.log.stat().st_size, "csv": journal.csv.stat().st_size}
+                meta = ocp.args.JsonSave({"step": step, "train_time": spent, **sizes})
                 both = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=meta)
                 manager.save(step, args=both)  # copies now, writes in the background
             if validating:
