@@ -16,7 +16,6 @@ HUB = {  # name -> dataset on the Hugging Face hub, prefix of its files, trainin
     "finewebedu10B": ("kjj0/finewebedu10B-gpt2", "finewebedu", 99),
 }
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-PIECE = 1024  # training texts are cut into documents of so many tokens
 
 
 class DataError(ValueError):
@@ -75,7 +74,7 @@ def open_corpus(data: str, vocab: int, bos: int, cache: Path = Path("data")) -> 
 
 def tokenize(files: dict, vocab: int, bos: int) -> tuple:
     """([training tokens], validation tokens) of texts, name -> path, split by a hash of the name.
-    Training texts are cut into documents and mixed, by hash too, so that a short run sees of all.
+    Training texts are cut into documents of 1024 and mixed, by hash too, so that a short run sees of all.
     """
     train, held_out = {}, {}
     for name, path in files.items():
@@ -85,7 +84,7 @@ def tokenize(files: dict, vocab: int, bos: int) -> tuple:
             cut = len(ids) * 9 // 10
         if cut < len(ids):
             held_out[name] = ids[cut:]
-        train |= {f"{name} {i}": ids[i : min(i + PIECE - 1, cut)] for i in range(0, cut, PIECE - 1)}
+        train |= {f"{name} {i}": ids[i : min(i + 1023, cut)] for i in range(0, cut, 1023)}
     if not (train and (held_out or len(train) > 1)):
         raise DataError(f"{next(iter(files.values()))}: too little text to train on and validate")
     held_out = held_out or dict([train.popitem()])

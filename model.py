@@ -6,9 +6,9 @@ L layers  A attention layers  E value embeddings  G gate inputs  M predicted tok
 
 import math
 import zlib
+from collections import namedtuple
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +18,15 @@ from jax import lax
 G = 12  # gates read the first dims of the stream (record 28)
 
 
-class Param(NamedTuple):
-    """A row of the table: all that is known of a weight."""
-
-    shape: tuple
-    axes: tuple  # logical axes, see sharding.RULES
-    init: tuple  # how and how large
-    lr: float  # times its group's learning rate
-    wd: float = 1.0  # times its group's weight decay
-    betas: tuple = ()  # Adam's; without, it is Muon's
+# A weight: shape, logical axes (see sharding.RULES), how and how large it starts, factors of its
+# group's learning rate and decay; with betas it is Adam's, without Muon's.
+Param = namedtuple("Param", "shape axes init lr wd betas", defaults=(1, ()))
+# What a stage sets: windows (a token sees itself and so many before), frequencies of a head's halves
+# (K/2,), the last half of them 0 (record 17), the scale of the attention logits.
+View = namedtuple("View", "short long freqs scale")
 
 
-def param_table(c) -> dict[str, Param]:
+def param_table(c) -> dict:
     """name -> Param, for a config with layers, width, heads, vocab, bigram_rows.
 
     A layer is a word of letters: p paired heads (record 58), v value embedding (14, 63), l long
@@ -66,7 +63,7 @@ def param_table(c) -> dict[str, Param]:
     }
 
 
-def init(table: dict[str, Param], key) -> dict[str, jax.Array]:
+def init(table: dict, key) -> dict[str, jax.Array]:
     """Start values, float32; the embedding is the head, with which it is tied (record 51)."""
     draws = {"normal": jax.random.normal, "uniform": partial(jax.random.uniform, minval=-1.0)}
     draws["const"] = lambda key, shape: jnp.ones(shape)
@@ -75,15 +72,6 @@ def init(table: dict[str, Param], key) -> dict[str, jax.Array]:
         seed, (how, size) = jax.random.fold_in(key, zlib.crc32(name.encode())), row.init
         params[name] = size * draws[how](seed, row.shape)
     return params | {"embed": params["head"]}
-
-
-class View(NamedTuple):
-    """What a stage of training sets in the network."""
-
-    short: int  # windows: a token sees itself and so many before it
-    long: int
-    freqs: np.ndarray  # (K/2,) rotary frequencies, the second half 0 (record 17)
-    scale: float  # of the attention logits
 
 
 def yarn(K: int, longs) -> tuple[np.ndarray, float]:
@@ -96,19 +84,16 @@ def yarn(K: int, longs) -> tuple[np.ndarray, float]:
     return np.concatenate([freqs, np.zeros(K // 4)]).astype(np.float32), scale
 
 
-def norm(x):
-    """RMSNorm without weights, in float32."""
+def norm(x):  # RMSNorm without weights, in float32
     square = jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True)
     return (x * lax.rsqrt(square + 1.1920929e-07)).astype(x.dtype)
 
 
-def mix(*terms):
-    """Sum of scalar * array, in float32, rounded once."""
+def mix(*terms):  # sum of scalar * array, in float32, rounded once
     return sum(scalar * x for scalar, x in terms).astype(terms[0][1].dtype)
 
 
-def shift(x):
-    """x of the token before (axis 1), of documents too; the first token keeps its own."""
+def shift(x):  # x of the token before (axis 1), across documents; the first keeps its own
     return jnp.concatenate([x[:, :1], x[:, :-1]], 1)
 
 
@@ -155,7 +140,7 @@ def attend(q, k, v, doc, window: int, scale: float):
     return lax.map(head, heads, batch_size=max(1, 2**27 // (B * T * span))).transpose(1, 2, 0, 3)
 
 
-def attention(y, ve, w, kind: str, view: View, doc):
+def attention(y, ve, w, kind: str, view, doc):
     """Attention of the normed stream y (B, T, D), w one layer's weights, ve (B, T, D) or None."""
     (B, T, _), K = y.shape, 2 * len(view.freqs)
     qkv = (w["qkv_scale"] * w["qkv"]).astype(y.dtype)
@@ -179,7 +164,7 @@ def attention(y, ve, w, kind: str, view: View, doc):
     return o.reshape(B, T, -1) @ (w["out_scale"] * w["out"]).astype(y.dtype).T
 
 
-def features(w, tokens_BT, c, view: View):
+def features(w, tokens_BT, c, view):
     """Tokens to the normed stream (B, T, D) before the head; w from `use`."""
     doc = jnp.cumsum(tokens_BT == c.bos, 1)
     banks = ("qkv", "out", "attn_gate", "value_gate", "up", "down", "qkv_scale", "out_scale")
@@ -245,7 +230,7 @@ backward = lambda d, g: (*(g.astype(x.dtype) * x for x in d), None, None)  # noq
 head_loss.defvjp(partial(head_scan, True), backward)
 
 
-def loss(w, rows, c, view: View, weights):
+def loss(w, rows, c, view, weights):
     """Cross entropy of the next len(weights) tokens (record 53), summed over rows (B, T + 1).
     Targets beyond the row are dropped; those in the next document count, as in the record.
     """
@@ -255,15 +240,7 @@ def loss(w, rows, c, view: View, weights):
     return head_loss(features(w, tokens[:, :-1], c, view), w["head"], targets, weights)
 
 
-def generate(w, c, view: View, tokens, start, stop, key, temperature, top_k):
-    """Fills tokens (1, T) from `start` to `stop`, one shape for all lengths: compiled once."""
-
-    def step(i, tokens):
-        x = lax.dynamic_slice_in_dim(features(w, tokens, c, view), i - 1, 1, 1)[0, 0]
-        logits = (x @ w["head"].T).astype(jnp.float32)
-        z = 23 * jax.nn.sigmoid((logits + 5) / 7.5) / temperature
-        z = jnp.where(jnp.argsort(jnp.argsort(-z)) < top_k, z, -jnp.inf)
-        word = jax.random.categorical(jax.random.fold_in(key, i), z)
-        return lax.dynamic_update_slice(tokens, word[None, None], (0, i))
-
-    return lax.fori_loop(start, stop, step, tokens)
+def logits_after(w, tokens, i, c, view):
+    """Capped logits (V,) float32 of the word after token i of tokens (1, T)."""
+    x = lax.dynamic_slice_in_dim(features(w, tokens, c, view), i, 1, 1)[0, 0]
+    return 23 * jax.nn.sigmoid(((x @ w["head"].T).astype(jnp.float32) + 5) / 7.5)

@@ -1,7 +1,7 @@
 """NorMuon and Adam as in record #77, as optax transformations of a flat dict of arrays.
 
-`rows` has an object with `lr`, `wd`, `betas` for each parameter that a transformation updates;
-rates are functions of the step.
+`rows` has an object with `lr`, `wd`, `betas` for each parameter that a transformation updates,
+rates are functions of the step, and `update` takes the step as a keyword.
 """
 
 from collections.abc import Callable
@@ -49,11 +49,11 @@ def normuon(rows: dict, rate: Callable, momentum: Callable, dtype=jnp.bfloat16, 
     def init(params):
         zeros = {name: jnp.zeros(params[name].shape, jnp.float32) for name in rows}
         second = {name: z[..., :1] for name, z in zeros.items()}
-        return {"count": jnp.zeros((), jnp.int32), "momentum": zeros, "second": second}
+        return {"momentum": zeros, "second": second}
 
-    def update(grads, state, params):
-        grads, second = {name: grads[name] for name in rows}, {}
-        lr, m, updates = rate(state["count"]), momentum(state["count"]), {}
+    def update(grads, state, params, *, step):
+        grads = {name: grads[name] for name in rows}
+        lr, m, updates, second = rate(step), momentum(step), {}, {}
         average = optax.incremental_update(grads, state["momentum"], 1 - m)
         nesterov = optax.incremental_update(average, grads, m)
         for shape in sorted({g.shape[-2:] for g in grads.values()}):
@@ -64,21 +64,21 @@ def normuon(rows: dict, rate: Callable, momentum: Callable, dtype=jnp.bfloat16, 
             x, v = normalize_rows(orthogonalize(x), v)
             for name, count in zip(names, map(len, xs)):
                 p, mul = params[name], rows[name].lr
-                step = x[:count].reshape(p.shape)
-                updates[name] = -mul * lr * (step + jnp.where(step * p >= 0, 1.2 * lr * p, 0))
+                u = x[:count].reshape(p.shape)
+                updates[name] = -mul * lr * (u + jnp.where(u * p >= 0, 1.2 * lr * p, 0))
                 second[name] = v[:count].reshape(*p.shape[:-1], 1)
                 x, v = x[count:], v[count:]
-        return updates, {"count": state["count"] + 1, "momentum": average, "second": second}
+        return updates, {"momentum": average, "second": second}
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def adam(rows: dict, rate: Callable):
-    """Adam with cautious weight decay (record 50), every second step, on the summed gradient (39)."""
+    """Adam with cautious weight decay (record 50), every second step on their summed gradient."""
 
     def init(params):
         zeros = {name: jnp.zeros(params[name].shape, jnp.float32) for name in rows}
-        return {"count": jnp.zeros((), jnp.int32), "pending": zeros, "m": zeros, "v": zeros}
+        return {"pending": zeros, "m": zeros, "v": zeros}
 
     def one(row, g, m, v, p, step):  # eps after the bias correction, decay by the squared rate
         (b1, b2), t, lr = row.betas, (step + 1) // 2, row.lr * rate(step)
@@ -87,9 +87,8 @@ def adam(rows: dict, rate: Callable):
         move += jnp.where(move * p > 0, lr**2 * 0.005 * row.wd * p, 0)
         return -move, jnp.zeros_like(g), m, v
 
-    def update(grads, state, params):
+    def update(grads, state, params, *, step):
         def act(pending, m, v):
-            step = state["count"]
             new = [one(row, pending[k], m[k], v[k], params[k], step) for k, row in rows.items()]
             return tuple(dict(zip(rows, part)) for part in zip(*new))
 
@@ -97,8 +96,7 @@ def adam(rows: dict, rate: Callable):
             return jax.tree.map(jnp.zeros_like, pending), pending, m, v
 
         pending = {name: state["pending"][name] + grads[name] for name in rows}
-        odd = state["count"] % 2 == 1
-        updates, *new = jax.lax.cond(odd, act, wait, pending, state["m"], state["v"])
-        return updates, dict(zip(("pending", "m", "v"), new)) | {"count": state["count"] + 1}
+        updates, *new = jax.lax.cond(step % 2 == 1, act, wait, pending, state["m"], state["v"])
+        return updates, dict(zip(("pending", "m", "v"), new))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -10,28 +10,25 @@ RULES = {
     "rows": ("data", "fsdp"),  # of a batch
     "embed": ("fsdp",),  # ZeRO-3: gathered for use, gradients reduce-scattered (arXiv:1910.02054)
     "table": ("tensor", "fsdp"),
-    "vocab": ("tensor",),  # Megatron: words, heads, hidden units stay split (arXiv:1909.08053)
-    "heads": ("tensor",),
-    "ffn": ("tensor",),
     "matrices": ("data", "fsdp", "tensor"),  # Muon: each device orthogonalises its own
-}
+} | dict.fromkeys(["vocab", "heads", "ffn"], ("tensor",))  # Megatron (arXiv:1909.08053)
 
 
-class MeshError(ValueError):
-    """A layout that does not fit the devices or the model, in one line."""
+class InputError(ValueError):
+    """Something that the user can mend, in one line."""
 
 
 def make_mesh(layout: str) -> Mesh:
-    """Mesh of `layout`, e.g. "data:2,fsdp:4"; empty is all devices on fsdp. Raises MeshError."""
+    """Mesh of `layout`, e.g. "data:2,fsdp:4"; empty is all devices on fsdp. Raises InputError."""
     devices, sizes = jax.devices(), dict.fromkeys(RULES["matrices"], 1)
     for word in (layout or f"fsdp:{len(devices)}").split(","):
         name, _, size = word.partition(":")
         if name not in sizes or not size.isdigit() or int(size) < 1:
-            raise MeshError(f"--mesh={layout}: '{word}' is not AXIS:SIZE, AXIS of {list(sizes)}")
+            raise InputError(f"--mesh={layout}: '{word}' is not AXIS:SIZE, AXIS of {list(sizes)}")
         sizes[name] = int(size)
     n, kinds = int(np.prod(list(sizes.values()))), (AxisType.Auto,) * len(sizes)
     if n > len(devices) or (n < len(devices) and jax.process_count() > 1):
-        raise MeshError(f"--mesh={layout} is {n} devices, but there are {len(devices)}")
+        raise InputError(f"--mesh={layout} is {n} devices, but there are {len(devices)}")
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices[:n])
 
 
@@ -41,10 +38,10 @@ def ways(mesh: Mesh, axis) -> int:
 
 
 def placed(mesh: Mesh, axes, shape=(), name: str = "") -> NamedSharding:
-    """Where such an array lives. Raises MeshError for a shape that cannot be cut evenly."""
+    """Where such an array lives. Raises InputError for a shape that cannot be cut evenly."""
     for size, axis in zip(shape, axes):
         if size % (n := ways(mesh, axis)):
-            raise MeshError(f"{name}: {axis} of {size} cannot be split {n} ways by --mesh")
+            raise InputError(f"{name}: {axis} of {size} cannot be split {n} ways by --mesh")
     return NamedSharding(mesh, PartitionSpec(*(RULES.get(axis) for axis in axes)))
 
 

@@ -1,36 +1,29 @@
 """NanoGPT speedrun in JAX: trains record #77's recipe to 3.28 validation loss on FineWeb.
 
-python train_gpt.py [COMMAND] [--key=value ...]      (./launch does the same and sets up Python)
-
-  train     the main job; preset speedrun where there is a GPU or TPU, else smoke on the CPU
-  sample    text from a checkpoint: --run=NAME [--prompt=TEXT --tokens=N --temperature=T --top_k=K]
-
-Keys are the fields of Config, for example --preset=smoke --steps=100 --mesh=data:2,fsdp:4.
+python train_gpt.py [train] [--key=value ...] (./launch does the same, and sets up Python). Keys are
+the fields of Config, as in --preset=smoke --steps=100 --mesh=data:2,fsdp:4; without a preset it is
+speedrun where there is a GPU or TPU, else smoke, on the CPU.
 """
 
 import dataclasses
 import difflib
-import glob
 import json
-import math
 import os
 import re
-import secrets
 import sys
 import time
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -38,25 +31,14 @@ import data_fineweb
 import model
 import muon
 import sharding
+from sharding import InputError
 
 SOURCES = ("launch", "train_gpt.py", "model.py", "muon.py", "data_fineweb.py", "sharding.py")
 
 
-class ConfigError(ValueError):
-    """Something that the user can mend, in one line."""
-
-
-class Stage(NamedTuple):
-    end: float  # as a part of the run's steps
-    tokens: int  # per step
-    max_doc: int  # longer documents are cut
-    short: int  # attention windows, in tokens
-    long: int
-    lr: float  # times the learning rates
-    mtp: tuple  # weights of the next tokens' losses, from the start of the stage to its end
-    mtp_end: tuple
-
-
+# A row of the schedule: end (part of the steps), tokens per step, longest document, windows, factor
+# of the rates, weights of the next tokens' losses from the start of the stage to its end.
+Stage = namedtuple("Stage", "end tokens max_doc short long lr mtp mtp_end")
 STAGES = {
     "speedrun": (  # the last row is the extension: the learning rate is at its floor there
         Stage(483 / 1490, 131072, 896, 128, 384, 1.0, (1, 0.5, 0.25), (1, 0.5, 0)),
@@ -116,7 +98,7 @@ class Config:
     val_long: int = 20 * 128  # long window of the last validation (record 33)
 
     def __init__(self, **keys):
-        """Values as text or typed. Raises ConfigError."""
+        """Values as text or typed. Raises InputError."""
         values = {field.name: field.default for field in dataclasses.fields(Config)}
         preset = choose("preset", keys.get("preset", "speedrun"), PRESETS)
         for name, value in [*(word.split("=") for word in preset.split()), *keys.items()]:
@@ -141,24 +123,20 @@ def choose(what: str, name: str, table: dict):
     if name in table:
         return table[name]
     near = difflib.get_close_matches(name, table, 1, 0)[0]
-    raise ConfigError(f"unknown {what} '{name}': did you mean '{near}'?")
+    raise InputError(f"unknown {what} '{name}': did you mean '{near}'?")
 
 
 def typed(name: str, value, default):
-    """`value`, perhaps text, in the type of the default. Raises ConfigError."""
+    """`value`, perhaps text, in the type of the default. Raises InputError."""
     kind = type(default)
     try:
         return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
     except (ValueError, KeyError):
-        raise ConfigError(f"--{name}={value}: expected {kind.__name__}, like {default}") from None
+        raise InputError(f"--{name}={value}: expected {kind.__name__}, like {default}") from None
 
 
 def program(c: Config, mesh) -> SimpleNamespace:
-    """The functions of a config on a mesh, and `like`, its state as shapes and places.
-
-    init(key) -> state; gradients(params, rows, step, stage) -> loss per token, gradients;
-    update(state, gradients) -> state, their norm; evaluate(params, rows, view) -> mean loss.
-    """
+    """The functions of a config on a mesh, and `like`, its state as shapes and places."""
     table, schedule = model.param_table(c), c.schedule()
     at = {n: sharding.placed(mesh, row.axes, row.shape, n) for n, row in table.items()}
     longs, dtype = [s.long for *_, s in schedule], jnp.float32 if c.float32 else jnp.bfloat16
@@ -178,21 +156,20 @@ def program(c: Config, mesh) -> SimpleNamespace:
         return 0.85 + 0.1 * jnp.clip(jnp.minimum(rise, fall) / c.steps, 0, 1)
 
     adam_rows = {n: row for n, row in table.items() if row.betas}
-    muon_rows, muon_rate = {n: table[n] for n in table.keys() - adam_rows}, partial(rate, c.muon_lr)
-    split = partial(sharding.spread, mesh)
+    muon_rows = {n: row for n, row in table.items() if not row.betas}
+    muon_rate, split = partial(rate, c.muon_lr), partial(sharding.spread, mesh)
     rules = {"muon": muon.normuon(muon_rows, muon_rate, momentum, dtype, split)}
     rules["adam"] = muon.adam(adam_rows, partial(rate, c.adam_lr))
 
     def init(key):
-        params = model.init(table, key)
-        states = {name: rule.init(params) for name, rule in rules.items()}
-        return {"params": params, "step": jnp.zeros((), jnp.int32), **states}
+        params, step = model.init(table, key), jnp.zeros((), jnp.int32)
+        return {"params": params, "step": step} | {n: r.init(params) for n, r in rules.items()}
 
     def use(params):  # small ones stay float32
         cast = {n: w.astype(dtype) if any(table[n].axes) else w for n, w in params.items()}
         return {n: sharding.gathered(mesh, w, table[n].axes) for n, w in cast.items()}
 
-    def gradients(params, rows, step, stage):
+    def gradients(params, rows, step, stage):  # -> loss per token, gradients
         start, end, s = schedule[stage]
         weights = np.array(s.mtp) + (np.array(s.mtp_end) - s.mtp) * (step - start) / (end - start)
 
@@ -204,25 +181,25 @@ def program(c: Config, mesh) -> SimpleNamespace:
         (loss, grads), _ = jax.lax.scan(some, zeros, sharding.micro(mesh, rows, c.device_rows))
         return loss / rows[:, 1:].size, jax.tree.map(lambda g: g / c.rows, grads)
 
-    def update(state, grads):
+    def update(state, grads):  # -> state, norm of the gradients
         params, step = state["params"], state["step"]
         shared = grads["head"] + grads["embed"]  # tied is to get equal gradients (51, 53)
         tied = {n: jnp.where(step <= untie, shared, grads[n]) for n in ("head", "embed")}
         new = {"step": step + 1}
         for name, rule in rules.items():
-            updates, new[name] = rule.update(grads | tied, state[name], params)
+            updates, new[name] = rule.update(grads | tied, state[name], params, step=step)
             params = params | {n: params[n] + u for n, u in updates.items()}
         return new | {"params": params}, optax.global_norm(grads)
 
-    def evaluate(params, rows, view):
+    def evaluate(params, rows, view):  # -> loss per token
         w, one = use(params), jnp.ones(1)
         loss = lambda rows: model.loss(w, rows, c, views[view], one)
         return jax.lax.map(loss, sharding.micro(mesh, rows, 1)).sum() / rows[:, 1:].size
 
     def place(path, leaf):  # by the name in the table; a dimension of 1 is not split
-        axes = table[path[-1].key].axes if path[-1].key in table else ()
-        axes = [axis if size > 1 else None for axis, size in zip(axes, leaf.shape)]
-        return leaf.update(sharding=sharding.placed(mesh, axes))
+        axes = zip(table[path[-1].key].axes if path[-1].key in table else (), leaf.shape)
+        at = sharding.placed(mesh, [axis if size > 1 else None for axis, size in axes])
+        return leaf.update(sharding=at)
 
     like = jax.tree_util.tree_map_with_path(place, jax.eval_shape(init, jax.random.key(0)))
     state_at = jax.tree.map(lambda leaf: leaf.sharding, like)
@@ -232,7 +209,9 @@ def program(c: Config, mesh) -> SimpleNamespace:
         gradients=jax.jit(gradients, static_argnums=3, out_shardings=(None, at)),
         update=jax.jit(update, donate_argnums=0, out_shardings=(state_at, None)),
         evaluate=jax.jit(evaluate, static_argnums=2),
-        generate=jax.jit(lambda params, *a: model.generate(use(params), c, views[-1], *a)),
+        logits=jax.jit(
+            lambda params, ids, i: model.logits_after(use(params), ids, i, c, views[-1])
+        ),
     )
 
 
@@ -240,24 +219,22 @@ class Journal:
     """The console, log.txt, metrics.csv and TensorBoard of a run."""
 
     def __init__(self, run: Path, c: Config, meta: dict):
-        sources = "".join(Path(__file__).with_name(name).read_text() for name in SOURCES)
+        source = "".join(Path(__file__).with_name(name).read_text() for name in SOURCES)
         config, rule, chips = json.dumps(dataclasses.asdict(c)), "=" * 100, jax.devices()
-        setup = (
-            f"Python {sys.version}, JAX {jax.__version__}, {len(chips)} x {chips[0].device_kind}"
-        )
+        setup = f"Python {sys.version}, JAX {jax.__version__}, {len(chips)} {chips[0].device_kind}"
         self.c, self.log, self.csv = c, run / "log.txt", run / "metrics.csv"
         self.board = EventFileWriter(str(run / "tensorboard"), flush_secs=5)
         if meta["step"]:  # drops what the interrupted run had written after its checkpoint
             os.truncate(self.log, meta["log"])
             os.truncate(self.csv, meta["csv"])
-            self.event(meta["step"], session_log=SessionLog(status=SessionLog.START))
+            self.event(meta["step"], session_log=event_pb2.SessionLog(status=1))
         else:
-            self.log.write_text(f"{sources}{rule}\n{setup}\nconfig {config}\n{rule}\n")
+            self.log.write_text(f"{source}{rule}\n{setup}\nconfig {config}\n{rule}\n")
             self.csv.write_text("step,train_time_ms,name,value\n")
         self.event(meta["step"], summary=text_pb("config", config))
 
     def event(self, step: int, **what):
-        self.board.add_event(Event(wall_time=time.time(), step=step, **what))
+        self.board.add_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
 
     def say(self, line: str, show: bool = True):
         with self.log.open("a") as log:
@@ -272,28 +249,18 @@ class Journal:
             self.say(f"step:{step}/{self.c.steps} {name}:{value:.4f} {times}", show)
         with self.csv.open("a") as csv:
             csv.write(f"{step},{ms:.0f},{name},{value}\n")
-        self.event(at, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
-
-
-def restore(run: Path, like):
-    """orbax's manager of the run's two newest checkpoints, and state and meta of the newest."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
-    if manager.latest_step() is None:
-        return manager, None, {"step": 0, "train_time": 0.0}
-    both = ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
-    got = manager.restore(manager.latest_step(), args=both)
-    return manager, got["state"], got["meta"]
+        scalar = summary_pb2.Summary.Value(tag=name, simple_value=value)
+        self.event(at, summary=summary_pb2.Summary(value=[scalar]))
 
 
 def accelerator() -> str:
     """The accelerator that this machine has, whatever JAX can use of it."""
-    vendors = map(Path.read_text, map(Path, glob.glob("/sys/bus/pci/devices/*/vendor")))
-    return "GPU" if glob.glob("/dev/nvidia[0-9]*") else "TPU" if "0x1ae0\n" in vendors else ""
+    tpu = any(p.read_text() == "0x1ae0\n" for p in Path("/sys/bus/pci").glob("devices/*/vendor"))
+    return "GPU" if any(Path("/dev").glob("nvidia[0-9]*")) else "TPU" if tpu else ""
 
 
 def start(c: Config):
-    """Sets JAX up, once per Python process. Raises ConfigError on a silent fall to the CPU."""
+    """Sets JAX up, once per Python process. Raises InputError on a silent fall to the CPU."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".cache/jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_default_matmul_precision", "highest" if c.float32 else None)
@@ -305,31 +272,23 @@ def start(c: Config):
         pass
     if jax.default_backend() == "cpu" and c.device != "cpu" and accelerator():
         how = "install JAX's plugin (./launch does), end what else holds it, or say --device=cpu"
-        raise ConfigError(f"this machine has a {accelerator()}, but JAX sees the CPU alone: {how}")
+        raise InputError(f"this machine has a {accelerator()}, but JAX sees the CPU alone: {how}")
 
 
-def log_of(run: Path) -> tuple[str, dict]:
-    """A run's log and the config that it says, or nothing."""
-    log = (run / "log.txt").read_text() if (run / "log.txt").exists() else ""
-    found = re.search(r"^config (.*)$", log, re.MULTILINE)
-    return log, json.loads(found[1]) if found else {}
-
-
-class Result(NamedTuple):
-    val_loss: float
-    train_time: float  # seconds
-    run_dir: Path
+Result = namedtuple("Result", "val_loss train_time run_dir")  # nats, seconds, Path
 
 
 def train(c: Config) -> Result:
     """Trains, or goes on with the run of that name, to the last step and validation."""
     start(c)
-    run = Path("runs", c.run or time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2))
-    (log, was), now = log_of(run), dataclasses.asdict(c)
+    run = Path("runs", c.run or time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}"))
+    log = (run / "log.txt").read_text() if (run / "log.txt").exists() else ""
+    was, now = re.search(r"^config (.*)$", log, re.MULTILINE), dataclasses.asdict(c)
+    was = json.loads(was[1]) if was else {}
     differ = [f"{k} was {was.get(k)}" for k in now if k not in FREE and was.get(k) != now[k]]
     if was and (differ or not c.resume):
         what = ", ".join(differ) or "--resume=false"
-        raise ConfigError(f"{run} is there already, {what}: choose another --run")
+        raise InputError(f"{run} is there already, {what}: choose another --run")
     if done := re.search(
         rf"^step:{c.steps}/.* val_loss:(\S+) train_time:(\d+).*$", log, re.MULTILINE
     ):
@@ -343,11 +302,16 @@ def train(c: Config) -> Result:
     plan = data_fineweb.plan(corpus, [(s.tokens // c.rows, s.max_doc, c.rows) for s in stages])
     held_out = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
     val = sharding.global_rows(mesh, len(held_out), lambda first, n: held_out[first : first + n])
-    batch = lambda step: sharding.global_rows(
-        mesh, c.rows, partial(data_fineweb.batch, plan[min(step, c.steps - 1)])
-    )
+    read = lambda step: partial(data_fineweb.batch, (plan + plan[-1:])[step])
+    batch = lambda step: sharding.global_rows(mesh, c.rows, read(step))
     run.mkdir(parents=True, exist_ok=True)
-    manager, state, meta = restore(run, p.like)
+    keep = ocp.CheckpointManagerOptions(max_to_keep=2)
+    manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=keep)
+    state, meta, kept = None, {"step": 0, "train_time": 0.0}, manager.latest_step()
+    if kept is not None:
+        both = {"state": ocp.args.StandardRestore(p.like), "meta": ocp.args.JsonRestore()}
+        got = manager.restore(kept, args=ocp.args.Composite(**both))
+        state, meta = got["state"], got["meta"]
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
     steps = sharding.accumulation(mesh, c.rows, c.device_rows)
     for tokens in dict.fromkeys(s.tokens for s in stages):
@@ -370,8 +334,8 @@ def train(c: Config) -> Result:
         shown = step <= 5 or step % max(1, c.steps // 25) == 0
         journal.scalar(step, seconds, "train_loss", loss, shown)
         journal.scalar(step, seconds, "grad_norm", norm)
-        if not math.isfinite(loss + norm):
-            raise ConfigError(f"step {step}: loss {loss}, gradient {norm}: {run} is as last saved")
+        if not np.isfinite(loss + norm):
+            raise InputError(f"step {step}: loss {loss}, gradient {norm}: {run} is as last saved")
 
     loader = ThreadPoolExecutor(1)
     ahead, pending, began = loader.submit(batch, first), (), time.perf_counter()
@@ -384,8 +348,8 @@ def train(c: Config) -> Result:
             if saving and step > first:  # before validation, which could fail
                 sizes = {"log": journal.log.stat().st_size, "csv": journal.csv.stat().st_size}
                 meta = ocp.args.JsonSave({"step": step, "train_time": spent, **sizes})
-                both = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=meta)
-                manager.save(step, args=both)  # copies now, writes in the background
+                both = {"state": ocp.args.StandardSave(state), "meta": meta}
+                manager.save(step, args=ocp.args.Composite(**both))  # writes in the background
             if validating:
                 evaluate = compiled["val", len(schedule) if last else c.stage(step)]
                 val_loss = float(evaluate(state["params"], val))
@@ -405,48 +369,41 @@ def train(c: Config) -> Result:
 
 
 def write(c: Config, p, params, prompt: str, n: int, temperature: float, top_k: int) -> str:
-    """The prompt and n tokens that the model puts behind it."""
-    ids = [c.bos, *data_fineweb.encode(prompt.encode(), c.vocab)]
+    """The prompt and n tokens that the model puts behind it; one shape, so compiled once."""
+    ids, rng = (
+        [c.bos, *data_fineweb.encode(prompt.encode(), c.vocab)],
+        np.random.default_rng(c.seed),
+    )
     tokens, stop = np.zeros((1, -(-(len(ids) + n) // 128) * 128), np.int32), len(ids) + n
     tokens[0, : len(ids)] = ids
-    out = p.generate(params, tokens, len(ids), stop, jax.random.key(c.seed), temperature, top_k)
-    return data_fineweb.decode(np.asarray(out)[0, :stop].tolist(), c.vocab)
+    for i in range(len(ids), stop):
+        z = np.array(p.logits(params, tokens, i - 1)) / temperature
+        z[np.argsort(z)[:-top_k]] = -np.inf
+        tokens[0, i] = np.argmax(z + rng.gumbel(size=len(z)))
+    return data_fineweb.decode(tokens[0, :stop].tolist(), c.vocab)
 
 
-def sample(c: Config, *, prompt="\n", tokens=256, temperature=0.8, top_k=50):
-    """Prints text from the newest checkpoint of a run."""
-    start(c)
-    p = program(c, sharding.make_mesh(c.mesh))
-    _, state, _ = restore(Path("runs", c.run), p.like)
-    if state is None:
-        raise ConfigError(f"--run={c.run}: runs/{c.run} has no checkpoint")
-    print(write(c, p, state["params"], prompt, tokens, temperature, top_k))
-
-
-COMMANDS = {"train": train, "sample": sample}
+COMMANDS = {"train": train}
 
 
 def main(argv: list[str]):
-    """Runs a command line. Raises ConfigError, DataError or MeshError for what users can mend."""
+    """Runs a command line. Raises InputError, DataError or OSError for what users can mend."""
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     if {"-h", "--help"} & {command, *argv}:
         return print(__doc__)
     run = choose("command", command, COMMANDS)
     keys = dict((word.removeprefix("--") + "=true").split("=")[:2] for word in argv)
-    own = {k: typed(k, keys.pop(k, d), d) for k, d in (run.__kwdefaults__ or {}).items()}
-    if "run" in keys and "preset" not in keys:
-        keys = log_of(Path("runs", keys["run"]))[1] | keys
     if "preset" not in keys:
         keys["preset"] = "speedrun" if accelerator() else "smoke"
         print(f"preset {keys['preset']}, as this machine has {accelerator() or 'no GPU or TPU'}")
-    run(Config(**keys), **own)
+    run(Config(**keys))
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ConfigError, data_fineweb.DataError, sharding.MeshError, OSError) as error:
-        sys.exit(print(error, file=sys.stderr) or 2)
+    except (InputError, data_fineweb.DataError, OSError) as error:
+        sys.exit(print(str(error).strip().splitlines()[0], file=sys.stderr) or 2)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
