@@ -66,15 +66,14 @@ def open_corpus(data: str, vocab: int, bos: int, cache: Path = Path("data")) -> 
     files = {name.as_posix(): p for name, p in files.items() if not SKIP & {*name.parts}}
     files = {root.name: root} if root.is_file() else {n: p for n, p in files.items() if p.is_file()}
     if not files:
-        near = difflib.get_close_matches(data, [*HUB, "stdlib"], 1)
-        hint = f"did you mean {near[0]}?" if near else f"{', '.join(HUB)}, stdlib or a path"
-        raise DataError(f"--data={data}: no *_train_*.bin, *_val_*.bin or .txt there: {hint}")
+        near = difflib.get_close_matches(data, [*HUB, "stdlib"], 1, 0)[0]
+        raise DataError(f"--data={data}: no *_train_*.bin, *_val_*.bin or .txt there; {near}?")
     return Corpus(*tokenize(files, vocab, bos), vocab, bos)
 
 
 def tokenize(files: dict, vocab: int, bos: int) -> tuple:
-    """([training tokens], validation tokens) of texts, name -> path, split by a hash of the name.
-    Training texts are cut into documents of 1024 and mixed, by hash too, so that a short run sees of all.
+    """([training tokens], validation tokens) of texts, name -> path, split by a hash of the name;
+    training texts are cut into documents of 1024 and mixed, so that a short run sees of all.
     """
     train, held_out = {}, {}
     for name, path in files.items():
@@ -101,8 +100,7 @@ def encode(text: bytes, vocab: int) -> np.ndarray:
     return np.array(gpt2.encode_ordinary(text.decode(errors="replace")), np.uint16)
 
 
-def decode(tokens: list[int], vocab: int) -> str:
-    """Text of tokens, less those that stand for none."""
+def decode(tokens: list[int], vocab: int) -> str:  # less those that stand for no text
     if vocab <= 50256:
         return bytes(t for t in tokens if t < 256).decode(errors="replace")
     return tiktoken.get_encoding("r50k_base").decode([t for t in tokens if t < 50256])
@@ -151,6 +149,5 @@ def validation(corpus: Corpus, tokens: int, row_tokens: int) -> np.ndarray:
     held_out = corpus.tokens(corpus.val)
     n = min(tokens, len(held_out) - 1) // row_tokens
     if n < 1:
-        most = f"--val_row_tokens={len(held_out) - 1} is the most"
-        raise DataError(f"validation: {len(held_out)} tokens do not fill a row: {most}")
+        raise DataError(f"validation: no row of --val_row_tokens in {len(held_out)} tokens")
     return held_out[np.arange(n)[:, None] * row_tokens + np.arange(row_tokens + 1)]

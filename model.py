@@ -16,12 +16,10 @@ import numpy as np
 from jax import lax
 
 G = 12  # gates read the first dims of the stream (record 28)
-
-
 # A weight: shape, logical axes (see sharding.RULES), how and how large it starts, factors of its
 # group's learning rate and decay; with betas it is Adam's, without Muon's.
 Param = namedtuple("Param", "shape axes init lr wd betas", defaults=(1, ()))
-# What a stage sets: windows (a token sees itself and so many before), frequencies of a head's halves
+# What a stage sets: windows (a token sees itself and so many before), frequencies of half a head
 # (K/2,), the last half of them 0 (record 17), the scale of the attention logits.
 View = namedtuple("View", "short long freqs scale")
 
@@ -63,11 +61,10 @@ def param_table(c) -> dict:
     }
 
 
-def init(table: dict, key) -> dict[str, jax.Array]:
+def init(table: dict, key) -> dict:
     """Start values, float32; the embedding is the head, with which it is tied (record 51)."""
     draws = {"normal": jax.random.normal, "uniform": partial(jax.random.uniform, minval=-1.0)}
-    draws["const"] = lambda key, shape: jnp.ones(shape)
-    params = {}
+    params, draws["const"] = {}, lambda key, shape: jnp.ones(shape)
     for name, row in table.items():
         seed, (how, size) = jax.random.fold_in(key, zlib.crc32(name.encode())), row.init
         params[name] = size * draws[how](seed, row.shape)
@@ -111,13 +108,11 @@ def bigram_hash(tokens_BT, R: int):
 
 
 def attend(q, k, v, doc, window: int, scale: float):
-    """Softmax attention of (B, T, H, K) to the same document, `window` tokens back, never ahead.
-    A block of queries sees its own and the few blocks before it: memory grows with T x window.
-    """
+    """Softmax attention of (B, T, H, K) to the same document, `window` tokens back, never ahead."""
     B, T, H, K = q.shape
     block = math.gcd(T, 1 << max(5, min(9, (window // 2).bit_length())))
     back = -(-window // block)
-    span = (back + 1) * block
+    span = (back + 1) * block  # what a block of queries sees: memory grows with T x window
 
     def band(x, fill=0):  # (B, T, ...) -> (B, T/block, span, ...)
         ahead = [(0, 0), (back * block, 0)] + [(0, 0)] * (x.ndim - 2)
@@ -150,7 +145,6 @@ def attention(y, ve, w, kind: str, view, doc):
         both = jnp.concatenate([y[..., : G // 2], ve[..., : G // 2]], -1)
         gate = jax.nn.sigmoid((y[..., :G] if "p" in kind else both) @ w["value_gate"].T)
         v = v + 2 * gate[..., None] * ve.reshape(v.shape)
-    window = view.long if "l" in kind else view.short
     if "p" in kind:  # heads h and h + H/2 see each other's keys: a row of 2 T with half the heads
         theta = (2 * time + jnp.arange(q.shape[2])[:, None] % 2) * view.freqs
         q, k, v = (z.reshape(B, 2 * T, -1, K) for z in (rotary(q, theta), rotary(k, theta), v))
@@ -159,8 +153,8 @@ def attention(y, ve, w, kind: str, view, doc):
         q, k = rotary(q, time * view.freqs), rotary(k, time * view.freqs)
     if "l" in kind:  # dims that do not turn look one token back (record 49)
         k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
-    o = attend(q, k, v, doc, window, view.scale).reshape(B, T, -1, K)
-    o = o * jax.nn.sigmoid(y[..., :G] @ w["attn_gate"].T)[..., None]
+    o = attend(q, k, v, doc, view.long if "l" in kind else view.short, view.scale)
+    o = o.reshape(B, T, -1, K) * jax.nn.sigmoid(y[..., :G] @ w["attn_gate"].T)[..., None]
     return o.reshape(B, T, -1) @ (w["out_scale"] * w["out"]).astype(y.dtype).T
 
 
@@ -199,7 +193,7 @@ def features(w, tokens_BT, c, view):
 
 def head_scan(grad: bool, x, head, targets, weights):
     """Summed cross entropy of x (B, T, D), head (V, D), targets (B, T, M) or -1, weights (M,).
-    Goes by chunks of tokens; `grad` takes the gradients by x and head while their logits are there.
+    By chunks of tokens; with `grad` also the gradients by x and head, while their logits are there.
     """
     B, T, D = x.shape
     n = math.gcd(T, 1 << (2**27 // (B * len(head))).bit_length())
@@ -240,7 +234,6 @@ def loss(w, rows, c, view, weights):
     return head_loss(features(w, tokens[:, :-1], c, view), w["head"], targets, weights)
 
 
-def logits_after(w, tokens, i, c, view):
-    """Capped logits (V,) float32 of the word after token i of tokens (1, T)."""
+def logits_after(w, tokens, i, c, view):  # capped, (V,) float32, of the word after token i
     x = lax.dynamic_slice_in_dim(features(w, tokens, c, view), i, 1, 1)[0, 0]
     return 23 * jax.nn.sigmoid(((x @ w["head"].T).astype(jnp.float32) + 5) / 7.5)

@@ -41,9 +41,8 @@ def normalize_rows(x, second, beta2: float = 0.95):
 
 
 def normuon(rows: dict, rate: Callable, momentum: Callable, dtype=jnp.bfloat16, split=lambda x: x):
-    """NorMuon with cautious weight decay (records 41, 43) for parameters (..., rows, columns).
-
-    Matrices of one shape are orthogonalised at once, in `dtype`, their stack laid out by `split`.
+    """NorMuon with cautious decay (records 41, 43); matrices of one shape go at once, in `dtype`,
+    their stack laid out by `split`.
     """
 
     def init(params):

@@ -32,8 +32,7 @@ def make_mesh(layout: str) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices[:n])
 
 
-def ways(mesh: Mesh, axis) -> int:
-    """How many parts a logical axis is cut into."""
+def ways(mesh: Mesh, axis) -> int:  # how many parts a logical axis is cut into
     return int(np.prod([mesh.shape[name] for name in RULES.get(axis, ())]))
 
 
@@ -45,8 +44,7 @@ def placed(mesh: Mesh, axes, shape=(), name: str = "") -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(RULES.get(axis) for axis in axes)))
 
 
-def gathered(mesh: Mesh, w, axes):
-    """A weight for use: whole but for `tensor`, all-gathered in its dtype (ZeRO-3)."""
+def gathered(mesh: Mesh, w, axes):  # a weight for use: whole but for `tensor`, in its dtype
     kept = [[name for name in RULES.get(axis, ()) if name == "tensor"] for axis in axes]
     return lax.with_sharding_constraint(w, NamedSharding(mesh, PartitionSpec(*kept)))
 
@@ -54,7 +52,7 @@ def gathered(mesh: Mesh, w, axes):
 def accumulation(mesh: Mesh, n: int, device_rows: int) -> int:
     """In how many parts n rows go through the devices, each at most device_rows at once."""
     each = n // ways(mesh, "rows")
-    return next(k for k in range(1, each + 1) if each % k == 0 and each // k <= device_rows)
+    return next((k for k in range(1, each) if each % k == 0 and each // k <= device_rows), each)
 
 
 def micro(mesh: Mesh, rows, device_rows: int):

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,8 +98,7 @@ class Config:
     val_row_tokens: int = 262_144
     val_long: int = 20 * 128  # long window of the last validation (record 33)
 
-    def __init__(self, **keys):
-        """Values as text or typed. Raises InputError."""
+    def __init__(self, **keys):  # values as text or typed
         values = {field.name: field.default for field in dataclasses.fields(Config)}
         preset = choose("preset", keys.get("preset", "speedrun"), PRESETS)
         for name, value in [*(word.split("=") for word in preset.split()), *keys.items()]:
@@ -106,8 +106,7 @@ class Config:
         choose("stages", values["stages"], STAGES)
         self.__dict__.update(values)
 
-    def schedule(self) -> list[tuple[int, int, Stage]]:
-        """(first step, end, stage) of each stage."""
+    def schedule(self) -> list[tuple[int, int, Stage]]:  # (first step, end, stage) of each
         ends = [round(stage.end * self.steps) for stage in STAGES[self.stages]]
         return list(zip([0, *ends], ends, STAGES[self.stages]))
 
@@ -126,8 +125,7 @@ def choose(what: str, name: str, table: dict):
     raise InputError(f"unknown {what} '{name}': did you mean '{near}'?")
 
 
-def typed(name: str, value, default):
-    """`value`, perhaps text, in the type of the default. Raises InputError."""
+def typed(name: str, value, default):  # `value`, perhaps text, in the type of the default
     kind = type(default)
     try:
         return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
@@ -144,17 +142,16 @@ def program(c: Config, mesh) -> SimpleNamespace:
     views = [model.View(s.short, s.long, *yarn) for (*_, s), yarn in zip(schedule, yarns)]
     views.append(views[-1]._replace(long=c.val_long))
     scheduled, untie = schedule[-2][1], schedule[1][1] | 1  # untied after an Adam step
+    start = int(scheduled * (1 - c.lr_fall))
 
     def rate(base, step):
         lr = jnp.select([step < end for _, end, _ in schedule], [s.lr for *_, s in schedule])
-        start = int(scheduled * (1 - c.lr_fall))
         t = jnp.clip((step - start) / max(1, scheduled - start), 0, 1)
         return base * (lr * (1 - t) + 0.15 * t)
 
-    def momentum(step):
-        rise, fall = step / c.momentum_rise, (c.steps - step) / c.momentum_fall
-        return 0.85 + 0.1 * jnp.clip(jnp.minimum(rise, fall) / c.steps, 0, 1)
-
+    rise, fall = c.momentum_rise * c.steps, c.momentum_fall * c.steps
+    ramp = lambda step: jnp.clip(jnp.minimum(step / rise, (c.steps - step) / fall), 0, 1)
+    momentum = lambda step: 0.85 + 0.1 * ramp(step)
     adam_rows = {n: row for n, row in table.items() if row.betas}
     muon_rows = {n: row for n, row in table.items() if not row.betas}
     muon_rate, split = partial(rate, c.muon_lr), partial(sharding.spread, mesh)
@@ -253,8 +250,7 @@ class Journal:
         self.event(at, summary=summary_pb2.Summary(value=[scalar]))
 
 
-def accelerator() -> str:
-    """The accelerator that this machine has, whatever JAX can use of it."""
+def accelerator() -> str:  # what this machine has, whatever JAX can use of it
     tpu = any(p.read_text() == "0x1ae0\n" for p in Path("/sys/bus/pci").glob("devices/*/vendor"))
     return "GPU" if any(Path("/dev").glob("nvidia[0-9]*")) else "TPU" if tpu else ""
 
@@ -264,12 +260,10 @@ def start(c: Config):
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".cache/jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_default_matmul_precision", "highest" if c.float32 else None)
-    try:
+    with suppress(RuntimeError):  # JAX is in use already, as in a notebook or a test
         if c.device != "auto":
             jax.config.update("jax_platforms", {"gpu": "cuda"}.get(c.device, c.device))
         jax.config.update("jax_num_cpu_devices", c.cpu_devices)
-    except RuntimeError:  # JAX is in use already, as in a notebook or a test
-        pass
     if jax.default_backend() == "cpu" and c.device != "cpu" and accelerator():
         how = "install JAX's plugin (./launch does), end what else holds it, or say --device=cpu"
         raise InputError(f"this machine has a {accelerator()}, but JAX sees the CPU alone: {how}")
@@ -289,12 +283,10 @@ def train(c: Config) -> Result:
     if was and (differ or not c.resume):
         what = ", ".join(differ) or "--resume=false"
         raise InputError(f"{run} is there already, {what}: choose another --run")
-    if done := re.search(
-        rf"^step:{c.steps}/.* val_loss:(\S+) train_time:(\d+).*$", log, re.MULTILINE
-    ):
+    final = rf"^step:{c.steps}/.* val_loss:(\S+) train_time:(\d+).*$"
+    if done := re.search(final, log, re.MULTILINE):
         print(done[0])
         return Result(float(done[1]), int(done[2]) / 1000, run)
-
     mesh = sharding.make_mesh(c.mesh)
     p, schedule, n = program(c, mesh), c.schedule(), sharding.ways(mesh, "rows")
     corpus = data_fineweb.open_corpus(c.data, c.vocab, c.bos)
@@ -302,8 +294,8 @@ def train(c: Config) -> Result:
     plan = data_fineweb.plan(corpus, [(s.tokens // c.rows, s.max_doc, c.rows) for s in stages])
     held_out = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
     val = sharding.global_rows(mesh, len(held_out), lambda first, n: held_out[first : first + n])
-    read = lambda step: partial(data_fineweb.batch, (plan + plan[-1:])[step])
-    batch = lambda step: sharding.global_rows(mesh, c.rows, read(step))
+    reads = [partial(data_fineweb.batch, rows) for rows in plan]
+    batch = lambda step: sharding.global_rows(mesh, c.rows, reads[min(step, c.steps - 1)])
     run.mkdir(parents=True, exist_ok=True)
     keep = ocp.CheckpointManagerOptions(max_to_keep=2)
     manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=keep)
@@ -317,7 +309,6 @@ def train(c: Config) -> Result:
     for tokens in dict.fromkeys(s.tokens for s in stages):
         rows = f"{tokens} tokens/step = {c.rows} rows x {tokens // c.rows}"
         journal.say(f"{rows} = {n} devices x {c.rows // n // steps} row x {steps} accumulation")
-
     began, like = time.perf_counter(), p.like["params"]
     jobs = {"update": partial(p.update.lower, p.like, like)}
     for i in {c.stage(step) for step in range(first, c.steps)}:
@@ -337,8 +328,8 @@ def train(c: Config) -> Result:
         if not np.isfinite(loss + norm):
             raise InputError(f"step {step}: loss {loss}, gradient {norm}: {run} is as last saved")
 
-    loader = ThreadPoolExecutor(1)
-    ahead, pending, began = loader.submit(batch, first), (), time.perf_counter()
+    pending, loader, began = (), ThreadPoolExecutor(1), time.perf_counter()
+    ahead = loader.submit(batch, first)
     for step in range(first, c.steps + 1):
         last = step == c.steps
         saving, validating = (last or step % every == 0 for every in (c.save_every, c.val_every))
@@ -370,10 +361,8 @@ def train(c: Config) -> Result:
 
 def write(c: Config, p, params, prompt: str, n: int, temperature: float, top_k: int) -> str:
     """The prompt and n tokens that the model puts behind it; one shape, so compiled once."""
-    ids, rng = (
-        [c.bos, *data_fineweb.encode(prompt.encode(), c.vocab)],
-        np.random.default_rng(c.seed),
-    )
+    rng, ids = np.random.default_rng(c.seed), data_fineweb.encode(prompt.encode(), c.vocab)
+    ids = [c.bos, *ids]
     tokens, stop = np.zeros((1, -(-(len(ids) + n) // 128) * 128), np.int32), len(ids) + n
     tokens[0, : len(ids)] = ids
     for i in range(len(ids), stop):
@@ -383,16 +372,14 @@ def write(c: Config, p, params, prompt: str, n: int, temperature: float, top_k: 
     return data_fineweb.decode(tokens[0, :stop].tolist(), c.vocab)
 
 
-COMMANDS = {"train": train}
-
-
 def main(argv: list[str]):
     """Runs a command line. Raises InputError, DataError or OSError for what users can mend."""
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     if {"-h", "--help"} & {command, *argv}:
         return print(__doc__)
-    run = choose("command", command, COMMANDS)
-    keys = dict((word.removeprefix("--") + "=true").split("=")[:2] for word in argv)
+    run = choose("command", command, {"train": train})
+    words = (word.removeprefix("--").partition("=") for word in argv)
+    keys = {name: value if given else "true" for name, given, value in words}
     if "preset" not in keys:
         keys["preset"] = "speedrun" if accelerator() else "smoke"
         print(f"preset {keys['preset']}, as this machine has {accelerator() or 'no GPU or TPU'}")
