@@ -186,7 +186,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
         for name, rule in rules.items():
             updates, new[name] = rule.update(grads | tied, state[name], params, step=step)
             params = params | {n: params[n] + u for n, u in updates.items()}
-        return new | {"params": params}, optax.global_norm(grads)
+        return new | {"params": params}, optax.tree.norm(grads)
 
     def evaluate(params, rows, view):  # -> loss per token
         w, one = use(params), jnp.ones(1)

@@ -1,0 +1,118 @@
+"""What the network must not do, and what its tables promise."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import model
+import sharding
+import train_gpt
+
+TINY = {"width": 32, "heads": 2, "bigram_rows": 64, "device_rows": 8}
+C = train_gpt.Config(preset="smoke", **TINY)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """Random everywhere, so that every path acts."""
+    table = model.param_table(C)
+    params = model.init(table, jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), len(params))
+    return {n: w + 0.1 * jax.random.normal(k, w.shape) for k, (n, w) in zip(keys, params.items())}
+
+
+VIEW = model.View(8, 24, *model.yarn(C.width // C.heads, [24]))
+FIRST = jnp.concatenate(
+    [jnp.asarray([[C.bos]]), jax.random.randint(jax.random.key(5), (1, 63), 0, 256)], 1
+)
+
+
+def test_no_token_sees_the_future(weights):
+    """By the gradient of one position with respect to all positions' embeddings."""
+
+    def at(scale, t):
+        w = weights | {"embed": weights["embed"]}
+        x = model.features(w | {"embed": scale[0][:, None] * w["embed"][FIRST[0]]}, ids, C, VIEW)
+        return (x[0, t] ** 2).sum()
+
+    ids = jnp.arange(64)[None] % 64  # position i looks up row i of the scaled table
+    for t in (0, 1, 17, 62):
+        grad = jax.grad(at)(jnp.ones((1, 64)), t)[0]
+        assert not grad[t + 1 :].any() and grad[t] != 0
+
+
+def test_documents_do_not_see_each_other(weights):
+    """But for smear, the bigram and the key shift of long layers, which look one token back."""
+    w, c = weights | {"smear": jnp.zeros(())}, dataclasses.replace(C, layers="pv,s,k,b,v")
+    tokens = FIRST.at[0, 32].set(C.bos)
+    other = tokens.at[0, :31].set((tokens[0, :31] + 7) % 256)
+    q = lambda ids: model.features(w, ids, c, VIEW)[0]
+    a, b = q(tokens), q(other)
+    assert jnp.abs(a[:31] - b[:31]).max() > 1e-3
+    np.testing.assert_allclose(a[34:], b[34:], atol=1e-6)
+    joined = FIRST.at[0, 32].set(3)  # without the boundary it does
+    other = joined.at[0, :31].set((joined[0, :31] + 7) % 256)
+    assert jnp.abs(q(joined)[34:] - q(other)[34:]).max() > 1e-4
+
+
+@pytest.mark.parametrize("preset", ["speedrun", "smoke"])
+def test_every_parameter_has_one_updater(preset):
+    c = train_gpt.Config(preset=preset)
+    p = train_gpt.program(c, sharding.make_mesh("fsdp:1"))
+    groups = [set(p.like[group][kind]) for group, kind in (("muon", "momentum"), ("adam", "m"))]
+    assert groups[0] | groups[1] == set(p.like["params"]) and not groups[0] & groups[1]
+    assert groups[0] == {"qkv", "out", "up", "down"}
+    if preset == "speedrun":
+        sizes = {n: x.size for n, x in p.like["params"].items()}
+        assert sizes["value"] == 5 * 50304 * 768 and sizes["bigram"] == 251520 * 768
+        assert round(sum(sizes.values()) / 1e6) == 539
+
+
+def test_state_is_split_over_fsdp():
+    """With 8 ways a device holds an eighth of parameters and optimizer state, within 10%."""
+    p = train_gpt.program(C, sharding.make_mesh("fsdp:8"))
+    leaves = jax.tree.leaves(p.like)
+    whole = sum(x.size for x in leaves)
+    mine = sum(np.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
+    assert mine < 1.1 * whole / 8
+
+
+def test_schedule_scales_with_steps():
+    c = train_gpt.Config()
+    assert [end for _, end, _ in c.schedule()] == [483, 967, 1450, 1490]
+    assert [c.stage(s) for s in (0, 482, 483, 966, 967, 1449, 1450, 1489)] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+    ]
+    half = dataclasses.replace(c, steps=745)
+    assert [end for _, end, _ in half.schedule()] == [242, 484, 725, 745]
+
+
+def test_same_gradients_for_any_mesh_and_accumulation():
+    rows = np.random.default_rng(0).integers(0, 256, (8, 129)).astype(np.uint16)
+    rows[:, [0, 50]] = C.bos
+    want = None
+    for mesh, device_rows in (
+        ("fsdp:1", 8),
+        ("fsdp:1", 3),
+        ("data:4", 1),
+        ("fsdp:4,tensor:2", 2),
+        ("data:2,fsdp:2,tensor:2", 1),
+    ):
+        c = dataclasses.replace(C, device_rows=device_rows)
+        p = train_gpt.program(c, sharding.make_mesh(mesh))
+        state = p.init(jax.random.key(0))
+        loss, grads = p.gradients(state["params"], rows, 3, 0)
+        new, norm = p.update(state, grads)
+        got = float(loss), float(norm), float(new["params"]["up"][0, 0, 0])
+        want = want or got
+        np.testing.assert_allclose(got, want, rtol=1e-4)

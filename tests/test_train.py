@@ -1,0 +1,134 @@
+"""The commands, through the contract: logs, exit statuses, resume, errors."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train_gpt
+
+ROOT = Path(__file__).parent.parent
+TINY = "--preset=smoke --width=32 --heads=2 --bigram_rows=64 --val_tokens=8192".split()
+TINY += ["--val_row_tokens=1024"]
+LINE = re.compile(
+    r"^step:\d+/\d+ (val|train)_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$"
+)
+
+
+def run(folder, *args):
+    command = [sys.executable, ROOT / "train_gpt.py", *args]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    done = run(folder, *TINY, "--steps=12", "--val_every=5", "--save_every=5", "--run=a")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_log_is_complete_and_its_lines_are_the_contracts(finished):
+    folder, done = finished
+    log = (folder / "runs/a/log.txt").read_text()
+    for name in train_gpt.SOURCES:
+        assert (ROOT / name).read_text() in log
+    steps = [line for line in log.splitlines() if line.startswith("step:")]
+    assert all(LINE.match(line) for line in steps), steps
+    want = [f"step:{i}/12 train" for i in range(1, 13)]
+    want += [f"step:{i}/12 val" for i in (0, 5, 10, 12)]
+    assert sorted(line.split("_loss")[0] for line in steps) == sorted(want)
+    config = json.loads(re.search(r"^config (.*)$", log, re.MULTILINE)[1])
+    assert config["width"] == 32 and config["steps"] == 12
+    assert (
+        "compiled" in done.stdout and "2048 tokens/step = 8 rows x 256 = 1 devices" in done.stdout
+    )
+    assert "sample of runs/a:" in done.stdout
+
+
+def test_loss_falls(finished):
+    rows = (finished[0] / "runs/a/metrics.csv").read_text().splitlines()[1:]
+    losses = [float(row.split(",")[3]) for row in rows if "val_loss" in row]
+    assert losses[0] > 5 and losses[-1] < losses[0] - 1
+
+
+def test_tensorboard_reads_back(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / "runs/a/tensorboard")).Reload()
+    assert {"train_loss", "val_loss", "grad_norm"} <= set(events.Tags()["scalars"])
+    assert len(events.Scalars("train_loss")) == 12
+    assert {"config/text_summary", "sample/text_summary"} & set(events.Tags()["tensors"]) or {
+        "config",
+        "sample",
+    } <= set(events.Tags()["tensors"])
+
+
+def test_a_finished_run_says_its_last_line_again(finished):
+    folder, _ = finished
+    again = run(folder, *TINY, "--steps=12", "--val_every=5", "--save_every=5", "--run=a")
+    last = [x for x in (folder / "runs/a/log.txt").read_text().splitlines() if "12/12 val" in x]
+    assert again.returncode == 0 and last[0] in again.stdout
+
+
+def test_another_config_is_refused(finished):
+    folder, _ = finished
+    other = run(folder, *TINY, "--steps=13", "--run=a")
+    assert other.returncode == 2 and "steps was 12" in other.stderr
+    assert len(other.stderr.splitlines()) == 1
+
+
+def test_goes_on_where_a_killed_run_was_saved(finished, tmp_path):
+    """Killed after the checkpoint of step 5: the same losses to the last digit, no line twice."""
+    args = [*TINY, "--steps=12", "--val_every=5", "--save_every=5", "--run=a"]
+    log = tmp_path / "runs/a/log.txt"
+    with subprocess.Popen(
+        [sys.executable, ROOT / "train_gpt.py", *args], cwd=tmp_path, stdout=-3
+    ) as p:
+        while not (log.exists() and "step:8/12" in log.read_text()):
+            assert p.poll() is None
+        p.kill()
+    assert run(tmp_path, *args).returncode == 0
+    csv = [(folder / "runs/a/metrics.csv").read_text() for folder in (tmp_path, finished[0])]
+    values = [[row.split(",")[::2] + row.split(",")[3:] for row in x.splitlines()] for x in csv]
+    assert values[0] == values[1]
+    steps = [
+        x.split(" train_time")[0] for x in log.read_text().splitlines() if x.startswith("step:")
+    ]
+    assert len(steps) == len(set(steps)) == 16
+    times = [int(x) for x in re.findall(r"train_loss.*train_time:(\d+)ms", log.read_text())]
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["--stepz=3"], "did you mean 'steps'"),
+        (["--preset=smok"], "did you mean 'smoke'"),
+        (["trian"], "did you mean 'train'"),
+        (["--preset=smoke", "--steps=three"], "--steps=three: expected int"),
+        (["--preset=smoke", "--resume=maybe"], "--resume=maybe: expected bool"),
+        (["--preset=smoke", "--data=stdlip"], "stdlib"),
+        (["--preset=smoke", "--mesh=fsdp:3"], "devices"),
+        (["--preset=smoke", "--mesh=rows:2"], "AXIS"),
+        (["--preset=smoke", "--cpu_devices=3", "--steps=3"], "cannot be split 3 ways"),
+        (["--preset=smoke", "--steps=100000"], "training data lasts"),
+        (["--preset=smoke", "--stages=slow"], "unknown stages"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_2(tmp_path, args, says):
+    done = run(tmp_path, *args)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_in_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = dict(arg[2:].split("=") for arg in TINY)
+    result = train_gpt.train(train_gpt.Config(**keys, steps=3, mesh="fsdp:8", val_every=9))
+    assert np.isfinite(result.val_loss) and result.train_time > 0 and result.run_dir.exists()

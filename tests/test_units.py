@@ -1,0 +1,184 @@
+"""Single mechanisms against the vectors that record #77's code gave for them."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import model
+import muon
+import parity
+
+U = np.load(Path(__file__).parent / "data" / "A" / "units.npz")
+close = lambda a, b, tol=2e-5: np.testing.assert_allclose(a, b, rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize("shape", ["tall", "wide", "square"])
+def test_polar_express_and_momentum(shape):
+    get = lambda name: jnp.asarray(U[f"polar/{shape}/{name}"])
+    m, g, average = get("momentum"), get("grad"), get("momentum_buffer_in")
+    average = m * average + (1 - m) * g
+    close(average, get("momentum_buffer_out"))
+    nesterov = (1 - m) * g + m * average
+    close(nesterov, get("nesterov"))
+    close(muon.orthogonalize(nesterov), get("out"), 1e-4)
+    singular = np.linalg.svd(np.asarray(muon.orthogonalize(nesterov)), compute_uv=False)
+    assert 0.5 < singular.min() and singular.max() < 1.5
+
+
+@pytest.mark.parametrize("shape", ["tall", "square"])
+def test_variance_step(shape):
+    get = lambda name: jnp.asarray(U[f"variance/{shape}/{name}"])
+    x, second = muon.normalize_rows(get("x_in"), get("buf_in"), float(get("beta2")))
+    close(x, get("x_out"))
+    close(second, get("buf_out"))
+
+
+def test_cautious_weight_decay(monkeypatch):
+    p, u = jnp.asarray(U["cwd/p_in"]), jnp.asarray(U["cwd/update"])
+    lr, wd = float(U["cwd/lr"]), float(U["cwd/wd"])
+    monkeypatch.setattr(muon, "orthogonalize", lambda x: u)
+    monkeypatch.setattr(muon, "normalize_rows", lambda x, v: (x, v))
+    base = wd / 1.2
+    rule = muon.normuon(
+        {"w": SimpleNamespace(lr=lr / base)}, lambda step: base, lambda step: 0.9, jnp.float32
+    )
+    updates, _ = rule.update({"w": p}, rule.init({"w": p}), {"w": p}, step=0)
+    close(p + updates["w"], U["cwd/p_out"], 1e-6)
+
+
+def test_adam():
+    b1, b2, t, lr, wd, wd_mul, eps = U["adam/hyper_beta1_beta2_t_lrTimesMul_wd_wdmul_eps"]
+    assert (wd, eps) == (0.005, 1e-10)
+    row = SimpleNamespace(lr=1.0, wd=wd_mul, betas=(b1, b2))
+    rule = muon.adam({"w": row}, lambda step: lr)
+    p = {"w": jnp.asarray(U["adam/p_in"])}
+    state = {k: {"w": jnp.asarray(U[f"adam/{k}_in"])} for k in ("m", "v")}
+    state["pending"] = {"w": jnp.zeros_like(p["w"])}
+    half = {"w": jnp.asarray(U["adam/grad"]) / 2}
+    step = int(t) * 2 - 2
+    updates, state = rule.update(half, state, p, step=step)
+    assert not updates["w"].any()  # even steps only collect
+    updates, state = rule.update(half, state, p, step=step + 1)
+    close(p["w"] + updates["w"], U["adam/p_out"], 1e-6)
+    close(state["m"]["w"], U["adam/m_out"], 1e-6)
+    close(state["v"]["w"], U["adam/v_out"], 1e-6)
+    assert not state["pending"]["w"].any()
+
+
+@pytest.mark.parametrize("size, K, unit", [("set", 16, 16), ("full", 128, 128)])
+def test_yarn_and_rotary(size, K, unit):
+    longs = [unit * blocks for blocks in (3, 7, 11, 13)]
+    for stage in range(4):
+        freqs, scale = model.yarn(K, longs[: stage + 1])
+        want = U[f"rotary/{size}/plain/stage{stage}/angular_freq"]
+        close(np.tile(freqs, 2), want[parity.head_order(K)], 1e-6)
+        close(scale, U[f"rotary/{size}/plain/stage{stage}/attn_scale"], 1e-6)
+    if size == "full":
+        return
+    order, T = parity.head_order(K), 24
+    time = jnp.arange(T, dtype=jnp.float32)[:, None, None]
+    x, y = (U[f"rotary/set/plain/stage3/apply_{end}"][..., order] for end in ("in", "out"))
+    close(model.rotary(jnp.asarray(x), time * freqs), y)
+    x, y = (U[f"rotary/set/paired/stage3/apply_{end}"] for end in ("in", "out"))
+    x, y = (z.reshape(1, T, 6, K)[..., order] for z in (x, y))
+    theta = (2 * time + jnp.arange(6)[:, None] % 2) * freqs
+    close(model.rotary(jnp.asarray(x), theta), y)
+
+
+@pytest.mark.parametrize("name, K", [("mask/w16", 8), ("mask/w16_paired_2T", 8)])
+def test_attention_sees_what_the_mask_says(name, K):
+    mask = U[name]
+    T, times = len(mask), len(mask) // 128
+    bounds = np.unique(U["mask/cu_seqlens"]) * times
+    doc = jnp.asarray(np.searchsorted(bounds, np.arange(T), "right"))[None]
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, T, 2, K))
+    logits = 0.3 * jnp.einsum("bqhd,bkhd->bhqk", q, k)
+    p = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), -1)
+    naive = jnp.einsum("bhqk,bkhd->bqhd", p, v)
+    close(model.attend(q, k, v, doc, 16, 0.3), naive)
+
+
+@pytest.mark.parametrize("window", [1, 16, 33, 127, 500])
+def test_attention_and_its_gradient_for_any_window(window):
+    T = 192
+    q, k, v = jax.random.normal(jax.random.key(1), (3, 2, T, 2, 8))
+    doc = jnp.cumsum(jax.random.bernoulli(jax.random.key(2), 0.03, (2, T)), 1)
+    away = jnp.arange(T)[:, None] - jnp.arange(T)
+    seen = (away >= 0) & (away <= window) & (doc[:, :, None] == doc[:, None])
+
+    def naive(q, k, v):
+        logits = 0.3 * jnp.einsum("bqhd,bkhd->bhqk", q, k)
+        p = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), -1)
+        return jnp.einsum("bhqk,bkhd->bqhd", p, v)
+
+    ours = lambda q, k, v: model.attend(q, k, v, doc, window, 0.3)
+    close(ours(q, k, v), naive(q, k, v))
+    gradient = lambda f: jax.grad(lambda *x: (f(*x) ** 3).sum(), (0, 1, 2))(q, k, v)
+    for a, b in zip(gradient(ours), gradient(naive)):
+        close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("plain", "v"), ("plain_keyoffset", "vl"), ("plain_nove", "o"), ("paired", "pv")]
+)
+def test_whole_attention_layer(name, kind):
+    get = lambda key: jnp.asarray(U[f"attn/{name}/{key}"])
+    D, K = 48, 8
+    order = (np.arange(6)[:, None] * K + parity.head_order(K)).ravel()
+    bounds = np.unique(U["attn/cu_seqlens"])
+    doc = jnp.asarray(np.searchsorted(bounds, np.arange(96), "right"))[None]
+    freqs, scale = model.yarn(K, U["attn/yarn"])
+    view = model.View(int(U["attn/window"]), int(U["attn/window"]), freqs, scale)
+
+    def layer(x, qkvo, ve, attn_gate, value_gate, sa):
+        qkvo = qkvo.reshape(4, D, D)
+        w = {"qkv": jnp.stack([qkvo[0][order], qkvo[1][order], qkvo[2]]), "out": qkvo[3]}
+        w |= {"attn_gate": attn_gate, "value_gate": value_gate}
+        w |= {"qkv_scale": sa[0], "out_scale": sa[1]}
+        return model.attention(x, ve[None] if "v" in kind else None, w, kind, view, doc)
+
+    names = ["x", "qkvo_w", "ve", "attn_gate_w", "ve_gate_w", "sa_lambdas"]
+    args = [get(key) for key in names]
+    out, pull = jax.vjp(layer, *args)
+    close(out, get("out"), 1e-4)
+    for key, grad in zip(names, pull(get("cotangent"))):
+        if f"attn/{name}/grad_{key}" in U.files:
+            want = get(f"grad_{key}")
+            close(grad / jnp.abs(want).max(), want / jnp.abs(want).max(), 1e-4)
+
+
+@pytest.mark.parametrize("size, R", [("set", 1021), ("full", 251520)])
+def test_bigram_hash(size, R):
+    ids = jnp.asarray(U[f"hash/{size}/ids"])[None]
+    assert (model.bigram_hash(ids, R)[0] == U[f"hash/{size}/out"]).all()
+
+
+@pytest.mark.parametrize("name", ["w3", "w2", "w1", "w3zero"])
+def test_softcap_and_multi_token_loss(name):
+    get = lambda key: jnp.asarray(U[f"mtp/{name}/{key}"])
+    logits, weights, T = get("logits"), get("weights"), 12
+    after = jnp.concatenate([get("targets"), jnp.full(len(weights) - 1, -1)]).astype(jnp.int32)
+    targets = jnp.stack([after[k : k + T] for k in range(len(weights))], -1)
+    one = lambda i, x: model.head_loss(
+        x[None, i : i + 1], jnp.eye(20), targets[None, i : i + 1], weights
+    )
+    losses = jnp.stack([one(i, logits) for i in range(T)])
+    close(losses, get("loss"), 1e-5)
+    total = lambda x: sum(get("grad_output")[i] * one(i, x) for i in range(T))
+    close(jax.grad(total)(logits), get("grad_logits"), 1e-5)
+
+
+def test_chunked_head_equals_the_whole():
+    x = jax.random.normal(jax.random.key(0), (2, 64, 16))
+    head = jax.random.normal(jax.random.key(1), (2**22, 16))  # so large that it goes in chunks
+    targets = jax.random.randint(jax.random.key(2), (2, 64, 2), -1, 2**22)
+    weights = jnp.asarray([1.0, 0.5])
+    z = 23 * jax.nn.sigmoid((x[:1, :4] @ head.T + 5) / 7.5)
+    logp = jax.nn.log_softmax(z, -1)
+    picked = jnp.take_along_axis(logp, jnp.maximum(targets[:1, :4], 0), -1)
+    want = -(jnp.where(targets[:1, :4] >= 0, picked, 0) * weights).sum()
+    close(model.head_loss(x[:1, :4], head, targets[:1, :4], weights), want, 1e-4)
