@@ -53,7 +53,7 @@ def test_log_is_complete_and_its_lines_are_the_contracts(finished):
 def test_loss_falls(finished):
     rows = (finished[0] / "runs/a/metrics.csv").read_text().splitlines()[1:]
     losses = [float(row.split(",")[3]) for row in rows if "val_loss" in row]
-    assert losses[0] > 5 and losses[-1] < losses[0] - 1
+    assert losses[0] > 5 and losses[-1] < losses[0] - 0.5
 
 
 def test_tensorboard_reads_back(finished):
@@ -130,5 +130,5 @@ def test_what_the_user_can_mend_is_one_line_and_2(tmp_path, args, says):
 def test_in_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     keys = dict(arg[2:].split("=") for arg in TINY)
-    result = train_gpt.train(train_gpt.Config(**keys, steps=3, mesh="fsdp:8", val_every=9))
+    result = train_gpt.train(train_gpt.Config(**keys, steps=3, cpu_devices=8, val_every=9))
     assert np.isfinite(result.val_loss) and result.train_time > 0 and result.run_dir.exists()
