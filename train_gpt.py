@@ -48,16 +48,16 @@ STAGES = {
         Stage(1, 393216, 2048, 768, 1664, 1.0, (1,), (1,)),
     ),
     "smoke": (
-        Stage(0.33, 2048, 896, 16, 48, 1.0, (1, 0.5, 0.25), (1, 0.5, 0)),
-        Stage(0.66, 4096, 1024, 32, 64, 1.52, (1, 0.5), (1, 0)),
-        Stage(1, 4096, 1024, 32, 96, 1.73, (1,), (1,)),
+        Stage(0.33, 768, 896, 16, 48, 1.0, (1, 0.5, 0.25), (1, 0.5, 0)),
+        Stage(0.66, 1024, 1024, 32, 64, 1.52, (1, 0.5), (1, 0)),
+        Stage(1, 1536, 1024, 32, 96, 1.73, (1,), (1,)),
     ),
 }
 PRESETS = {  # what differs from the defaults of Config
     "speedrun": "",
-    "smoke": "data=stdlib device=cpu float32=true steps=300 val_every=150 device_rows=8"
-    " stages=smoke layers=pv,ls,k,b,lv width=128 heads=4 vocab=264 bos=256 bigram_rows=4096"
-    " val_tokens=262144 val_row_tokens=8192 val_long=192",
+    "smoke": "data=stdlib device=cpu float32=true steps=540 val_every=270 device_rows=8"
+    " stages=smoke layers=pv,ls,k,b,lv width=96 heads=4 vocab=264 bos=256 bigram_rows=4096"
+    " muon_lr=0.08 adam_lr=0.025 val_tokens=131072 val_row_tokens=8192 val_long=192",
 }
 
 
