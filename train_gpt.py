@@ -55,7 +55,7 @@ STAGES = {
 }
 PRESETS = {  # what differs from the defaults of Config
     "speedrun": "",
-    "smoke": "data=stdlib device=cpu float32=true steps=540 val_every=270 device_rows=8"
+    "smoke": "data=stdlib device=cpu float32=true steps=460 val_every=460 device_rows=8"
     " stages=smoke layers=pv,ls,k,b,lv width=96 heads=4 vocab=264 bos=256 bigram_rows=4096"
     " muon_lr=0.08 adam_lr=0.025 val_tokens=131072 val_row_tokens=8192 val_long=192",
 }
