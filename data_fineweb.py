@@ -15,11 +15,11 @@ HUB = {  # name -> dataset on the Hugging Face hub, prefix of its files, trainin
     "fineweb10B": ("kjj0/fineweb10B-gpt2", "fineweb", 103),
     "finewebedu10B": ("kjj0/finewebedu10B-gpt2", "finewebedu", 99),
 }
-SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # of the library
 
 
 class DataError(ValueError):
-    """Something about the data that the user can mend, in one line."""
+    """Something that the user can mend, in one line."""
 
 
 class Corpus(NamedTuple):
@@ -34,7 +34,10 @@ class Corpus(NamedTuple):
         if isinstance(shard, np.ndarray):
             return shard
         if self.repo and not shard.exists():
-            hf_hub_download(self.repo, shard.name, repo_type="dataset", local_dir=shard.parent)
+            try:
+                hf_hub_download(self.repo, shard.name, repo_type="dataset", local_dir=shard.parent)
+            except Exception as error:  # of several HTTP libraries
+                raise DataError(f"{shard}: no download: {' '.join(str(error).split())}") from error
         return read_shard(shard, self.vocab)
 
 
@@ -61,10 +64,10 @@ def open_corpus(data: str, vocab: int, bos: int, cache: Path = Path("data")) -> 
     val, train = (sorted(root.glob(f"*_{part}_*.bin")) for part in ("val", "train"))
     if val and train:
         return Corpus(train, val[0], vocab, bos)
-    endings = (".py", ".txt") if data == "stdlib" else (".txt",)
-    files = {p.relative_to(root): p for p in sorted(root.rglob("*")) if p.suffix in endings}
-    files = {name.as_posix(): p for name, p in files.items() if not SKIP & {*name.parts}}
-    files = {root.name: root} if root.is_file() else {n: p for n, p in files.items() if p.is_file()}
+    mine, endings = data != "stdlib", (".txt",) if data != "stdlib" else (".py", ".txt")
+    found = [p for p in [root, *sorted(root.rglob("*"))] if p.suffix in endings and p.is_file()]
+    files = {p.relative_to(root if root.is_dir() else root.parent): p for p in found}
+    files = {n.as_posix(): p for n, p in files.items() if mine or not SKIP & {*n.parts}}
     if not files:
         near = difflib.get_close_matches(data, [*HUB, "stdlib"], 1, 0)[0]
         raise DataError(f"--data={data}: no *_train_*.bin, *_val_*.bin or .txt there; {near}?")
@@ -75,21 +78,20 @@ def tokenize(files: dict, vocab: int, bos: int) -> tuple:
     """([training tokens], validation tokens) of texts, name -> path, split by a hash of the name;
     training texts are cut into documents of 1024 and mixed, so that a short run sees of all.
     """
-    train, held_out = {}, {}
-    for name, path in files.items():
-        ids = encode(path.read_bytes(), vocab)
-        cut = 0 if zlib.crc32(name.encode()) % 20 == 0 else len(ids)
-        if len(files) == 1:  # of a lone text the last tenth
-            cut = len(ids) * 9 // 10
+    texts = {name: encode(path.read_bytes(), vocab) for name, path in files.items()}
+    train, held_out, start = {}, {}, np.array([bos], np.uint16)
+    out = {n for n, ids in texts.items() if len(ids) and zlib.crc32(n.encode()) % 20 == 0}
+    few = not 0 < len(out) < len(files)  # then it is the last tenth of each
+    for name, ids in texts.items():
+        cut = len(ids) * 9 // 10 if few else 0 if name in out else len(ids)
         if cut < len(ids):
             held_out[name] = ids[cut:]
         train |= {f"{name} {i}": ids[i : min(i + 1023, cut)] for i in range(0, cut, 1023)}
-    if not (train and (held_out or len(train) > 1)):
+    if not (train and held_out):
         raise DataError(f"{next(iter(files.values()))}: too little text to train on and validate")
-    held_out = held_out or dict([train.popitem()])
     mixed = [sorted(d.items(), key=lambda x: zlib.crc32(x[0].encode())) for d in (train, held_out)]
-    train, held_out = (np.concatenate([x for _, ids in d for x in ([bos], ids)]) for d in mixed)
-    return [train.astype(np.uint16)], held_out.astype(np.uint16)
+    train, held_out = (np.concatenate([x for _, ids in d for x in (start, ids)]) for d in mixed)
+    return [train], held_out
 
 
 def encode(text: bytes, vocab: int) -> np.ndarray:
@@ -124,9 +126,7 @@ def plan(corpus: Corpus, steps) -> list:
             if ends[-1] == len(bounds):
                 shard, lasts = next(shards, None), f"{len(planned)} of {len(steps)} steps"
                 if shard is None:
-                    raise DataError(
-                        f"training data lasts {lasts}: --steps={len(planned)} or more data"
-                    )
+                    raise DataError(f"training data lasts {lasts}: fewer --steps or more data")
                 tokens, ends, filled = corpus.tokens(shard), [0], {}
                 bounds = np.append(np.flatnonzero(tokens == corpus.bos), len(tokens))
         stops = np.minimum(bounds[1:], bounds[:-1] + max_doc)
