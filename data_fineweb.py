@@ -78,18 +78,18 @@ def tokenize(files: dict, vocab: int, bos: int) -> tuple:
     """([training tokens], validation tokens) of texts, name -> path, split by a hash of the name;
     training texts are cut into documents of 1024 and mixed, so that a short run sees of all.
     """
-    texts = {name: encode(path.read_bytes(), vocab) for name, path in files.items()}
+    docs = {n.encode(errors="namereplace"): encode(p.read_bytes(), vocab) for n, p in files.items()}
     train, held_out, start = {}, {}, np.array([bos], np.uint16)
-    out = {n for n, ids in texts.items() if len(ids) and zlib.crc32(n.encode()) % 20 == 0}
+    out = {n for n, ids in docs.items() if len(ids) and zlib.crc32(n) % 20 == 0}
     few = not 0 < len(out) < len(files)  # then it is the last tenth of each
-    for name, ids in texts.items():
+    for name, ids in docs.items():
         cut = len(ids) * 9 // 10 if few else 0 if name in out else len(ids)
         if cut < len(ids):
             held_out[name] = ids[cut:]
-        train |= {f"{name} {i}": ids[i : min(i + 1023, cut)] for i in range(0, cut, 1023)}
+        train |= {b"%s %d" % (name, i): ids[i : min(i + 1023, cut)] for i in range(0, cut, 1023)}
     if not (train and held_out):
         raise DataError(f"{next(iter(files.values()))}: too little text to train on and validate")
-    mixed = [sorted(d.items(), key=lambda x: zlib.crc32(x[0].encode())) for d in (train, held_out)]
+    mixed = [sorted(d.items(), key=lambda x: zlib.crc32(x[0])) for d in (train, held_out)]
     train, held_out = (np.concatenate([x for _, ids in d for x in (start, ids)]) for d in mixed)
     return [train], held_out
 

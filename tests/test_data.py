@@ -142,6 +142,8 @@ def test_texts_of_any_kind(tmp_path):
     with pytest.raises(data.DataError, match="no .*train"):
         (few / "shard.bin").write_bytes(shard_bytes([1]))
         data.open_corpus(str(few / "shard.bin"), VOCAB, BOS)
+    (few / "caf\udce9.txt").write_text("a name that is not UTF-8 " * 100)
+    assert len(data.open_corpus(str(few), VOCAB, BOS).val)
     (tmp_path / "empty.txt").touch()
     assert len(data.open_corpus(str(tmp_path), VOCAB, BOS).train[0])
     for name in ("nothing", "empty.txt"):
