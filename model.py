@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import sharding
+
 G = 12  # gates read the first dims of the stream (record 28)
 # A weight: shape, logical axes (see sharding.RULES), how and how large it starts, factors of its
 # group's learning rate and decay; with betas it is Adam's, without Muon's.
@@ -42,7 +44,7 @@ def param_table(c) -> dict:
         "up": Param((L, F, D), (None, "ffn", "embed"), bank, 2),
         "down": Param((L, F, D), (None, "ffn", "embed"), ("const", 0), 4),
         "head": Param((V, D), ("vocab", "embed"), ("normal", 0.005), 1, 150, words),
-        "embed": Param((V, D), ("vocab", "embed"), ("normal", 0.005), 1, 150, words),
+        "embed": Param((V, D), (None, "table"), ("normal", 0.005), 1, 150, words),
         "value": Param((V, E, D), (None, None, "table"), ("normal", 0.01), 75, 5, tables),
         "bigram": Param((R, D), (None, "table"), ("const", 0), 75, 5, tables),
         "attn_gate": Param((A, H, G), (None, "heads", None), ("const", 0), 1, 1, slow),
@@ -164,10 +166,12 @@ def features(w, tokens_BT, c, view):
     banks = ("qkv", "out", "attn_gate", "value_gate", "up", "down", "qkv_scale", "out_scale")
     each = {name: iter(lax.split(w[name], (1,) * len(w[name]))) for name in banks}
     take = lambda *names: {name: next(each[name])[0] for name in names}  # noqa: E731
-    x = w["embed"][tokens_BT]
-    bigram = w["bigram"][bigram_hash(tokens_BT, c.bigram_rows)]
-    E = w["value"].shape[1]  # one gather of a row for all layers, then slices
-    values = iter(jnp.split(w["value"].reshape(len(w["value"]), -1)[tokens_BT], E, -1))
+    look = partial(sharding.lookup, dtype=w["head"].dtype)
+    x, (V, E, _) = look(w["embed"], tokens_BT), w["value"].shape
+    bigram = look(w["bigram"], bigram_hash(tokens_BT, c.bigram_rows))
+    # one gather of a row for all layers, then slices
+    values = iter(jnp.split(w["value"].reshape(V, -1), E, -1))
+    values = (look(value, tokens_BT) for value in values)
     gate = jax.nn.sigmoid(x[..., :G] @ w["smear_gate"].T).at[:, 0].set(0)
     x = x0 = norm(mix((1, x), (w["smear"] * gate, shift(x))))
     x = mix((1, x), (w["bigram_inject"][0], bigram))

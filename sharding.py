@@ -9,9 +9,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 RULES = {
     "rows": ("data", "fsdp"),  # of a batch
     "embed": ("fsdp",),  # ZeRO-3: gathered for use, gradients reduce-scattered (arXiv:1910.02054)
-    "table": ("tensor", "fsdp"),
+    "table": ("fsdp", "tensor"),
     "matrices": ("data", "fsdp", "tensor"),  # Muon: each device orthogonalises its own
 } | dict.fromkeys(["vocab", "heads", "ffn"], ("tensor",))  # Megatron (arXiv:1909.08053)
+
+
+ROWS = RULES["rows"]
 
 
 class InputError(ValueError):
@@ -44,23 +47,44 @@ def placed(mesh: Mesh, axes, shape=(), name: str = "") -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(RULES.get(axis) for axis in axes)))
 
 
-def gathered(mesh: Mesh, w, axes):  # a weight for use: whole but for `tensor`, in its dtype
-    kept = [[name for name in RULES.get(axis, ()) if name == "tensor"] for axis in axes]
-    return lax.with_sharding_constraint(w, NamedSharding(mesh, PartitionSpec(*kept)))
+def by_rows(mesh: Mesh, f, ins, outs):
+    """f, written for the rows of one device, on whole arrays; ins and outs are specs from `part`.
+    Inside, `data` and `fsdp` are ours: reduce-scatter and Pallas need that. `tensor` is XLA's.
+    """
+    options = {"axis_names": set(ROWS), "check_vma": False}
+    return jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=outs, **options)
 
 
-def accumulation(mesh: Mesh, n: int, device_rows: int) -> int:
-    """In how many parts n rows go through the devices, each at most device_rows at once."""
-    each = n // ways(mesh, "rows")
-    return next((k for k in range(1, each) if each % k == 0 and each // k <= device_rows), each)
+def part(axes=()) -> PartitionSpec:
+    """How `by_rows` cuts an array with these logical axes."""
+    kept = [[name for name in RULES.get(axis, ()) if name in ROWS] for axis in axes]
+    return PartitionSpec(*(tuple(names) or None for names in kept))
 
 
-def micro(mesh: Mesh, rows, device_rows: int):
-    """Rows (n, T) as (accumulation, n / accumulation, T); no row changes its device."""
-    steps, parts = accumulation(mesh, len(rows), device_rows), ways(mesh, "rows")
-    rows = rows.reshape(parts, steps, -1, rows.shape[1]).swapaxes(0, 1)
-    rows = rows.reshape(steps, -1, rows.shape[-1])
-    return lax.with_sharding_constraint(rows, placed(mesh, [None, "rows"]))
+def gathered(w, axes):
+    """A weight for use: whole but for `tensor`; its gradient is reduce-scattered, in w's dtype."""
+    for i, axis in enumerate(axes):
+        w = lax.all_gather(w, "fsdp", axis=i, tiled=True) if axis == "embed" else w
+    return w
+
+
+def summed(g, axes):
+    """A gradient, or a loss, of this device's rows summed over all rows."""
+    split = {name for axis in axes for name in RULES.get(axis, ())}
+    return lax.psum(g, [name for name in ROWS if name not in split])
+
+
+def lookup(table, ids_BT, dtype):
+    """Rows (B, T, D) of a table (V, D) with split columns: ids travel, and what was found, so that
+    no device holds a whole table or its gradient.
+    """
+    found = table[lax.all_gather(ids_BT, "fsdp", tiled=True)].astype(dtype)
+    return lax.all_to_all(found, "fsdp", 0, 2, tiled=True)
+
+
+def accumulation(n: int, device_rows: int) -> int:
+    """In how many parts a device takes its n rows, each at most device_rows at once."""
+    return next((k for k in range(1, n) if n % k == 0 and n // k <= device_rows), n)
 
 
 def spread(mesh: Mesh, stack):

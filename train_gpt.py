@@ -162,21 +162,34 @@ def program(c: Config, mesh) -> SimpleNamespace:
         params, step = model.init(table, key), jnp.zeros((), jnp.int32)
         return {"params": params, "step": step} | {n: r.init(params) for n, r in rules.items()}
 
-    def use(params):  # small ones stay float32
-        cast = {n: w.astype(dtype) if any(table[n].axes) else w for n, w in params.items()}
-        return {n: sharding.gathered(mesh, w, table[n].axes) for n, w in cast.items()}
+    axes = {n: row.axes for n, row in table.items()}
+    parts = {n: sharding.part(row.axes) for n, row in table.items()}
+    rows_at, whole = sharding.part(["rows"]), sharding.part()
+
+    def use(params):  # small ones and tables stay float32, and tables where they are
+        cast = {n: w.astype(dtype) if "embed" in axes[n] else w for n, w in params.items()}
+        return {n: sharding.gathered(w, axes[n]) for n, w in cast.items()}
+
+    def micro(rows):  # (n, T) as (accumulation, n / accumulation, T)
+        return rows.reshape(sharding.accumulation(len(rows), c.device_rows), -1, rows.shape[1])
 
     def gradients(params, rows, step, stage):  # -> loss per token, gradients
         start, end, s = schedule[stage]
         weights = np.array(s.mtp) + (np.array(s.mtp_end) - s.mtp) * (step - start) / (end - start)
 
-        def some(sums, rows):
-            loss = lambda params: model.loss(use(params), rows, c, views[stage], weights)
-            return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params)), None
+        def local(params, rows, weights):
+            def some(sums, rows):
+                loss = lambda params: model.loss(use(params), rows, c, views[stage], weights)
+                return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params)), None
 
-        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        (loss, grads), _ = jax.lax.scan(some, zeros, sharding.micro(mesh, rows, c.device_rows))
-        return loss / rows[:, 1:].size, jax.tree.map(lambda g: g / c.rows, grads)
+            zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+            (loss, grads), _ = jax.lax.scan(some, zeros, micro(rows))
+            grads = {n: sharding.summed(g / c.rows, axes[n]) for n, g in grads.items()}
+            return sharding.summed(loss, ()), grads
+
+        f = sharding.by_rows(mesh, local, (parts, rows_at, whole), (whole, parts))
+        loss, grads = f(params, rows, weights)
+        return loss / rows[:, 1:].size, grads
 
     def update(state, grads):  # -> state, norm of the gradients
         params, step = state["params"], state["step"]
@@ -189,9 +202,16 @@ def program(c: Config, mesh) -> SimpleNamespace:
         return new | {"params": params}, optax.tree.norm(grads)
 
     def evaluate(params, rows, view):  # -> loss per token
-        w, one = use(params), jnp.ones(1)
-        loss = lambda rows: model.loss(w, rows, c, views[view], one)
-        return jax.lax.map(loss, sharding.micro(mesh, rows, 1)).sum() / rows[:, 1:].size
+        def local(params, rows):
+            w, one = use(params), jnp.ones(1)
+            losses = jax.lax.map(lambda row: model.loss(w, row[None], c, views[view], one), rows)
+            return sharding.summed(losses.sum(), ())
+
+        return sharding.by_rows(mesh, local, (parts, rows_at), whole)(params, rows) / rows[:, 1:].size
+
+    def logits(params, tokens, i):
+        local = lambda params, *args: model.logits_after(use(params), *args, c, views[-1])
+        return sharding.by_rows(mesh, local, (parts, whole, whole), whole)(params, tokens, i)
 
     def place(path, leaf):  # by the name in the table; a dimension of 1 is not split
         axes = zip(table[path[-1].key].axes if path[-1].key in table else (), leaf.shape)
@@ -206,9 +226,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
         gradients=jax.jit(gradients, static_argnums=3, out_shardings=(None, at)),
         update=jax.jit(update, donate_argnums=0, out_shardings=(state_at, None)),
         evaluate=jax.jit(evaluate, static_argnums=2),
-        logits=jax.jit(
-            lambda params, ids, i: model.logits_after(use(params), ids, i, c, views[-1])
-        ),
+        logits=jax.jit(logits),
     )
 
 
@@ -305,7 +323,7 @@ def train(c: Config) -> Result:
         got = manager.restore(kept, args=ocp.args.Composite(**both))
         state, meta = got["state"], got["meta"]
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
-    steps = sharding.accumulation(mesh, c.rows, c.device_rows)
+    steps = sharding.accumulation(c.rows // n, c.device_rows)
     for tokens in dict.fromkeys(s.tokens for s in stages):
         rows = f"{tokens} tokens/step = {c.rows} rows x {tokens // c.rows}"
         journal.say(f"{rows} = {n} devices x {c.rows // n // steps} row x {steps} accumulation")
