@@ -89,7 +89,7 @@ def norm(x):  # RMSNorm without weights, in float32
 
 
 def mix(*terms):  # sum of scalar * array, in float32, rounded once
-    return sum(scalar * x for scalar, x in terms).astype(terms[0][1].dtype)
+    return sum(scalar * x.astype(jnp.float32) for scalar, x in terms).astype(terms[0][1].dtype)
 
 
 def shift(x):  # x of the token before (axis 1), across documents; the first keeps its own
@@ -137,6 +137,24 @@ def attend(q, k, v, doc, window: int, scale: float):
     return lax.map(head, heads, batch_size=max(1, 2**27 // (B * T * span))).transpose(1, 2, 0, 3)
 
 
+def splash(q, k, v, doc, window: int, scale: float):
+    """What `attend` computes, in a TPU's kernel."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as tpu
+
+    B, T, H, K = q.shape
+    names = "q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq"
+    blocks = tpu.BlockSizes(**{f"block_{name}": math.gcd(T, 512) for name in names})
+
+    def local(q, k, v, doc):
+        mask = tpu.MultiHeadMask([tpu.LocalMask((T, T), (window, 0), 0)] * q.shape[1])
+        kernel = tpu.make_splash_mha_single_device(mask, block_sizes=blocks)
+        return jax.vmap(kernel)(q, k, v, tpu.SegmentIds(doc, doc))
+
+    heads = jax.P(None, "tensor" if H % jax.sharding.get_abstract_mesh().shape["tensor"] == 0 else None)
+    f = jax.shard_map(local, in_specs=(heads,) * 3 + (jax.P(),), out_specs=heads, axis_names={"tensor"}, check_vma=False)
+    return f(*(x.swapaxes(1, 2) for x in (scale * q, k, v)), doc).swapaxes(1, 2)
+
+
 def attention(y, ve, w, kind: str, view, doc):
     """Attention of the normed stream y (B, T, D), w one layer's weights, ve (B, T, D) or None."""
     (B, T, _), K = y.shape, 2 * len(view.freqs)
@@ -146,7 +164,7 @@ def attention(y, ve, w, kind: str, view, doc):
     if "v" in kind:
         both = jnp.concatenate([y[..., : G // 2], ve[..., : G // 2]], -1)
         gate = jax.nn.sigmoid((y[..., :G] if "p" in kind else both) @ w["value_gate"].T)
-        v = v + 2 * gate[..., None] * ve.reshape(v.shape)
+        v = mix((1, v), (2 * gate[..., None], ve.reshape(v.shape)))
     if "p" in kind:  # heads h and h + H/2 see each other's keys: a row of 2 T with half the heads
         theta = (2 * time + jnp.arange(q.shape[2])[:, None] % 2) * view.freqs
         q, k, v = (z.reshape(B, 2 * T, -1, K) for z in (rotary(q, theta), rotary(k, theta), v))
@@ -155,7 +173,10 @@ def attention(y, ve, w, kind: str, view, doc):
         q, k = rotary(q, time * view.freqs), rotary(k, time * view.freqs)
     if "l" in kind:  # dims that do not turn look one token back (record 49)
         k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
-    o = attend(q, k, v, doc, view.long if "l" in kind else view.short, view.scale)
+    ways = {"tpu": splash, "default": attend}
+    window = view.long if "l" in kind else view.short
+    ways = {how: partial(f, window=window, scale=view.scale) for how, f in ways.items()}
+    o = lax.platform_dependent(q, k, v, doc, **ways)
     o = o.reshape(B, T, -1, K) * jax.nn.sigmoid(y[..., :G] @ w["attn_gate"].T)[..., None]
     return o.reshape(B, T, -1) @ (w["out_scale"] * w["out"]).astype(y.dtype).T
 

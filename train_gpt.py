@@ -178,13 +178,16 @@ def program(c: Config, mesh) -> SimpleNamespace:
         weights = np.array(s.mtp) + (np.array(s.mtp_end) - s.mtp) * (step - start) / (end - start)
 
         def local(params, rows, weights):
-            def some(sums, rows):
-                loss = lambda params: model.loss(use(params), rows, c, views[stage], weights)
-                return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params)), None
+            w, pull = jax.vjp(use, params)
 
-            zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+            def some(sums, rows):
+                new = jax.value_and_grad(model.loss)(w, rows, c, views[stage], weights)
+                return jax.tree.map(jnp.add, sums, new), None
+
+            zeros = jnp.zeros(()), {n: jnp.zeros(x.shape) for n, x in w.items()}
             (loss, grads), _ = jax.lax.scan(some, zeros, micro(rows))
-            grads = {n: sharding.summed(g / c.rows, axes[n]) for n, g in grads.items()}
+            (grads,) = pull({n: (g / c.rows).astype(w[n].dtype) for n, g in grads.items()})
+            grads = {n: sharding.summed(g, axes[n]) for n, g in grads.items()}
             return sharding.summed(loss, ()), grads
 
         f = sharding.by_rows(mesh, local, (parts, rows_at, whole), (whole, parts))
