@@ -21,9 +21,9 @@ class InputError(ValueError):
     """Something that the user can mend, in one line."""
 
 
-def make_mesh(layout: str) -> Mesh:
+def make_mesh(layout: str, devices=None) -> Mesh:
     """Mesh of `layout`, e.g. "data:2,fsdp:4"; empty is all devices on fsdp. Raises InputError."""
-    devices, sizes = jax.devices(), dict.fromkeys(RULES["matrices"], 1)
+    devices, sizes = devices or jax.devices(), dict.fromkeys(RULES["matrices"], 1)
     for word in (layout or f"fsdp:{len(devices)}").split(","):
         name, _, size = word.partition(":")
         if name not in sizes or not size.isdigit() or int(size) < 1:
