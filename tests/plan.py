@@ -1,8 +1,8 @@
 """Compiles the whole training for a TPU slice that is not there: python tests/plan.py
 --topology=v6e:2x4 [--only=0,update,val] [--top=15] [--csv=PATH] [--key=value of Config ...]
 
---only compiles just these: stages by number, update, val (or val0, ...); --top is how many of the
-costliest instructions to list. Needs libtpu and no TPU. Exit status 0 if the training fits, else 2.
+--only compiles just these: stages by number, update, val (or val0, ...); --top is how many kinds of
+instructions to list, by cost. Needs libtpu and no TPU. Exit status 0 if the training fits, else 2.
 """
 
 import csv
@@ -14,7 +14,7 @@ import time
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from math import inf, nan, prod
+from math import inf, isnan, nan, prod
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -88,13 +88,13 @@ def measure(name: str, lower, chip: Chip) -> tuple[dict, Counter]:
         for part in ("argument", "output", "alias", "temp", "generated_code"):
             row[part] = getattr(sizes, f"{part}_size_in_bytes") / 2**30
         row["peak"] = sum(list(row.values())[2:]) - 2 * row["alias"]
-        total = done.cost_analysis() or {}
-        row |= {"GFLOP": total.get("flops", 0) / 1e9, "GB": total.get("bytes accessed", 0) / 1e9}
+        for unit, of in ("GFLOP", "flops"), ("GB", "bytes accessed"):
+            row[unit] = (done.cost_analysis() or {}).get(of, 0) / 1e9
         cycles, moved, notes = cost(done.as_text(), UTILISATION * 1000 * chip.tflops / chip.ghz)
         pallas = sum(n for (_, what, _), n in cycles.items() if what == PALLAS)
         row |= {"Mcycles": (cycles.total() - pallas) / 1e6, "Mcycles*": pallas / 1e6}
         row |= {"ms": cycles.total() / chip.ghz / 1e6, "note": "; ".join(notes)}
-        each = [f"{n:g} {kind} of {size / 1e6:.1f} MB" for kind, (n, size) in moved.items()]
+        each = (f"{n:g} {kind} of {size / 1e6:.1f} MB" for kind, (n, size) in moved.items())
         row["collectives"] = ", ".join(each)
     except jax.errors.JaxRuntimeError as error:  # libtpu 0.0.51 cannot print some v6e programs
         row |= {"note": str(error).splitlines()[0], "Mcycles": nan, "ms": nan}
@@ -115,7 +115,7 @@ def finish(c, p, rows: dict):
     )
     state, params, code = gib(p.like), gib(p.like["params"]), "generated_code"
     grads = p.update.lower(p.like, p.like["params"]).args_info[0][1]
-    given = all(leaf.donated for leaf in jax.tree.leaves(grads))  # else they stay until replaced
+    given = all(leaf.donated for leaf in jax.tree.leaves(grads))  # else train holds the last ones
     for name, row in rows.items():
         row["resident"] = sum(other.get(code, 0) for other in rows.values()) - row.get(code, 0)
         row["resident"] += 0 if name == "update" else state - params + (0 if given else params)
@@ -130,15 +130,15 @@ def finish(c, p, rows: dict):
 
 def verdict(c, topology: str, chip: Chip, rows: dict, only: str = "") -> str:
     """The last line. A stage that was not compiled counts as the mean of the others."""
-    stages = [((end - start) * s.tokens, rows.get(str(i), {}).get("cycles/token"))
-              for i, (start, end, s) in enumerate(c.schedule())]  # fmt: skip
-    known, total = sum(n for n, each in stages if each), sum(n for n, _ in stages)
-    each = sum(n * each for n, each in stages if each) / known if known else nan
+    tokens = [(end - start) * stage.tokens for start, end, stage in c.schedule()]
+    seen = [(n, rows.get(str(i), {}).get("cycles/token", nan)) for i, n in enumerate(tokens)]
+    seen = [(n, each) for n, each in seen if not isnan(each)]
+    each = sum(n * each for n, each in seen) / sum(n for n, _ in seen) if seen else nan
     peak = max(row["peak"] for row in rows.values())
     return (
         f"plan: {c.preset} on {topology} {'fits' if peak <= chip.usable else 'does not fit'}: peak"
         f" {peak:.1f} of {chip.hbm:.1f} GiB per chip, {each:.0f} cycles/token,"
-        f" {each * total / chip.ghz / 1e9:.0f} s to the last step"
+        f" {each * sum(tokens) / chip.ghz / 1e9:.0f} s to the last step"
         f" (predicted{f' from {only} alone' if only else ''})"
     )
 
@@ -176,15 +176,20 @@ def main(argv: list[str]) -> int:
     print(table(list(rows.values())), LEGEND, sep="\n")
     for name, (row, cycles) in done.items():
         print(f"{name}: {row.get('collectives') or 'no collectives'}", row.get("note", ""))
-        for (instruction, what, origin), n in cycles.most_common(most):
-            print(f"  {n / 1e6:9.3f} Mcycles  {what:12} {instruction:36} {origin}")
+        alike = {}  # instructions of one origin, such as a line of every layer, the costliest first
+        for (instruction, *kind), n in cycles.most_common():
+            alike.setdefault(tuple(kind), []).append((n, instruction))
+        for kind, found in sorted(alike.items(), key=lambda item: -sum(n for n, _ in item[1]))[
+            :most
+        ]:
+            total = f"{sum(n for n, _ in found) / 1e6:9.3f} Mcycles {len(found):4d} x"
+            print(total, f"{kind[0]:12} {found[0][1]:36} {kind[1]}")
     if path:
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, dict.fromkeys(n for row in rows.values() for n in row))
             writer.writeheader()
             writer.writerows(rows.values())
-    line = verdict(c, topology, chip, rows, only)
-    print(line)
+    print(line := verdict(c, topology, chip, rows, only))
     return 2 if "does not fit" in line else 0
 
 
