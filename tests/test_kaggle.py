@@ -1,0 +1,129 @@
+"""The notebook for Kaggle, with every cell run as it is, on the CPU and with a tiny model."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = json.loads((ROOT / "kaggle.ipynb").read_text())
+EXTRA = "--layers=vls,k,b --width=32 --heads=2 --bigram_rows=64 --val_tokens=8192"
+EXTRA += " --val_row_tokens=1024 --save_every=1"
+NO_JAX = "import sys\nassert not {'jax', 'jaxlib'} & set(sys.modules), 'the TPU has an owner'"
+
+
+def code_cells(settings):
+    """The notebook's code cells, with the settings changed, and a look at what is imported before
+    the cells that train in the notebook's own process.
+    """
+    cells = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+    own = ["in-process" in cell["metadata"].get("tags", ()) for cell in cells]
+    sources = ["".join(cell["source"]) for cell in cells]
+    assert "parameters" in cells[0]["metadata"]["tags"] and own == sorted(own) and any(own)
+    changed = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
+    first = own.index(True)
+    return [sources[0], changed, *sources[1:first], NO_JAX, *sources[first:]]
+
+
+def execute(settings):
+    """What the cells print. Fails where a cell does."""
+    sources = code_cells(settings)
+    try:
+        import nbclient
+        import nbformat
+    except ImportError:  # then as a script: there is nothing in the cells but Python
+        command = [sys.executable, "-c", "\n".join(sources)]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    outputs = [output for cell in notebook.cells for output in cell.outputs]
+    return "".join(output.get("text", "") for output in outputs)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Settings, and what two executions print; the second finds the run as after its first step."""
+    folder = tmp_path_factory.mktemp("kaggle")
+    settings = {"REPO": str(ROOT), "PRESET": "smoke", "RUN": "try", "STEPS": 2, "EXTRA": EXTRA}
+    settings |= {"WORK": str(folder / "working"), "INPUT": str(folder / "input")}
+    code = folder / "input/code"  # an attached data set with the code
+    code.mkdir(parents=True)
+    for path in [*ROOT.glob("*.py"), ROOT / "launch", ROOT / "pyproject.toml"]:
+        shutil.copy(path, code)
+    (folder / "working").mkdir()
+    run = folder / "working/runs/try"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles faster
+        first = execute(settings)
+        shutil.copy(run / "log.txt", folder)
+        shutil.rmtree(run / "checkpoints/2")
+        log = (run / "log.txt").read_text().partition("step:2/2 train_loss")[0]
+        (run / "log.txt").write_text(log)
+        return folder, settings, first, execute(settings)
+
+
+def test_the_cells_train(ran):
+    folder, _, first, _ = ran
+    for name, log in ("try", folder / "log.txt"), ("try-here", None):
+        log = (log or folder / f"working/runs/{name}/log.txt").read_text()
+        lines = [line for line in log.splitlines() if line.startswith("step:")]
+        assert lines[-1].startswith("step:2/2 val_loss:") and lines[-1] in first
+    assert f"code: {folder}/input/code" in first and "JAX 0." in first
+
+
+def test_run_again_they_go_on(ran):
+    folder, _, first, second = ran
+    again = (folder / "working/runs/try/log.txt").read_text()
+    losses = [
+        re.findall(r"^step:\S+ \S+", x, re.M) for x in ((folder / "log.txt").read_text(), again)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    assert "step:1/2" in first and "step:1/2" not in second and "step:2/2 train" in second
+    assert re.search(r"^step:2/2 val_loss:.*\n.*try-here", second, re.M)  # that one had finished
+
+
+def test_shards_are_found_attached_or_here(ran, tmp_path, capsys):
+    _, settings, *_ = ran
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, 9
+    shard = header.tobytes() + np.arange(9, dtype="<u2").tobytes()
+    names = ["val_000000", *(f"train_{i:06d}" for i in range(1, 6))]
+    for place in "working/data/fineweb10B", "input/somebody/shards":
+        (tmp_path / place).mkdir(parents=True)
+        for name in names:
+            (tmp_path / place / f"fineweb_{name}.bin").write_bytes(shard)
+        settings = settings | {"PRESET": "speedrun", "WORK": str(tmp_path / "working")}
+        settings["INPUT"] = str(tmp_path / "input")
+        setup, changed, _, data, *_ = code_cells(settings)
+        scope = {}
+        exec(f"import sys\nfrom pathlib import Path\nCODE = {str(ROOT)!r}", scope)
+        for source in (setup, changed, data):
+            exec(source, scope)
+        found = "data" in scope["keys"] and scope["keys"]["data"]
+        assert found == ("input" in place and tmp_path / place)
+        said = capsys.readouterr().out
+        assert "5 shards in" in said if found else said.count(": 9 tokens") == 6
+    assert scope["keys"]["steps"] == 2 and scope["keys"]["save_every"] == "1"
+
+
+def test_the_file_is_valid():
+    nbformat = pytest.importorskip("nbformat", reason="nbformat checks the file, and is not here")
+    nbformat.validate(nbformat.from_dict(NOTEBOOK))
+
+
+def test_the_file_holds_no_output_no_magic_and_no_path_but_kaggles():
+    cells = NOTEBOOK["cells"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    for cell, source in zip(cells, sources):
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            compile(source, cell["id"], "exec")  # it is Python alone
+    paths = re.findall(r"[\s\"'`](/\w[\w/]+)", "\n".join(sources))
+    assert set(paths) == {"/kaggle/working", "/kaggle/input"}
