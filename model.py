@@ -92,26 +92,26 @@ def mix(*terms):  # sum of scalar * array, in float32, rounded once
     return sum(scalar * x.astype(jnp.float32) for scalar, x in terms).astype(terms[0][1].dtype)
 
 
-def shift(x):  # x of the token before (axis 1), across documents; the first keeps its own
-    return jnp.concatenate([x[:, :1], x[:, :-1]], 1)
+def shift(x):  # x (..., T, D) of the token before, across documents; the first keeps its own
+    return jnp.concatenate([x[..., :1, :], x[..., :-1, :]], -2)
 
 
-def rotary(x_BTHK, theta):
-    """Turns the halves of each head by theta (T, 1 or H, K/2); bf16 tables, as in the record."""
-    a, b = jnp.split(x_BTHK, 2, -1)
+def rotary(x, theta):
+    """Turns the halves of heads (B, H, T, K) by theta (T or H T, K/2); bf16 tables, as in the record."""
+    a, b = jnp.split(x, 2, -1)
     cos, sin = jnp.cos(theta).astype(a.dtype), jnp.sin(theta).astype(a.dtype)
     return jnp.concatenate([a * cos + b * sin, b * cos - a * sin], -1)
 
 
 def bigram_hash(tokens_BT, R: int):
     """Row of the bigram table for a token and the one before it, int32 (record 62)."""
-    before = shift(tokens_BT).at[:, :2].set(R - 1)  # the record overwrites 0, then reads it for 1
+    before = jnp.roll(tokens_BT, 1, 1).at[:, :2].set(R - 1)  # 1 too: the record has overwritten 0
     return ((36313 * tokens_BT ^ 27191 * before) % (R - 1)).at[:, 0].set(R - 1)
 
 
-def attend(q, k, v, doc, window: int, scale: float):
-    """Softmax attention of (B, T, H, K) to the same document, `window` tokens back, never ahead."""
-    B, T, H, K = q.shape
+def attend(q, k, v, doc, window: int):
+    """Attention of (B, H, T, K) to the same document, `window` tokens back and never ahead."""
+    B, H, T, K = q.shape
     block = math.gcd(T, 1 << max(5, min(9, (window // 2).bit_length())))
     back = -(-window // block)
     span = (back + 1) * block  # what a block of queries sees: memory grows with T x window
@@ -130,55 +130,59 @@ def attend(q, k, v, doc, window: int, scale: float):
         q, k, v = qkv  # (B, T, K)
         q, f32 = q.reshape(B, -1, block, K), jnp.float32
         logits = jnp.einsum("bnqd,bnkd->bnqk", q, band(k), preferred_element_type=f32)
-        p = jax.nn.softmax(jnp.where(seen, scale * logits, -1e30), -1).astype(v.dtype)
+        p = jax.nn.softmax(jnp.where(seen, logits, -1e30), -1).astype(v.dtype)
         return jnp.einsum("bnqk,bnkd->bnqd", p, band(v)).reshape(B, T, K)
 
-    heads = [x.transpose(2, 0, 1, 3) for x in (q, k, v)]
-    return lax.map(head, heads, batch_size=max(1, 2**27 // (B * T * span))).transpose(1, 2, 0, 3)
+    heads = [x.swapaxes(0, 1) for x in (q, k, v)]
+    return lax.map(head, heads, batch_size=max(1, 2**27 // (B * T * span))).swapaxes(0, 1)
 
 
-def splash(q, k, v, doc, window: int, scale: float):
+def splash(q, k, v, doc, window: int):
     """What `attend` computes, in a TPU's kernel."""
     from jax.experimental.pallas.ops.tpu import splash_attention as tpu
 
-    B, T, H, K = q.shape
     names = "q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq"
+    T = q.shape[2]
     blocks = tpu.BlockSizes(**{f"block_{name}": math.gcd(T, 512) for name in names})
 
-    def local(q, k, v, doc):
+    def kernel(q, k, v, doc):
         mask = tpu.MultiHeadMask([tpu.LocalMask((T, T), (window, 0), 0)] * q.shape[1])
-        kernel = tpu.make_splash_mha_single_device(mask, block_sizes=blocks)
-        return jax.vmap(kernel)(q, k, v, tpu.SegmentIds(doc, doc))
+        run = tpu.make_splash_mha_single_device(mask, block_sizes=blocks)
+        return jax.vmap(run)(q, k, v, tpu.SegmentIds(doc, doc))
 
-    heads = jax.P(None, "tensor" if H % jax.sharding.get_abstract_mesh().shape["tensor"] == 0 else None)
-    f = jax.shard_map(local, in_specs=(heads,) * 3 + (jax.P(),), out_specs=heads, axis_names={"tensor"}, check_vma=False)
-    return f(*(x.swapaxes(1, 2) for x in (scale * q, k, v)), doc).swapaxes(1, 2)
+    return sharding.by_heads(kernel, q.shape[1])(q, k, v, doc)
 
 
 def attention(y, ve, w, kind: str, view, doc):
     """Attention of the normed stream y (B, T, D), w one layer's weights, ve (B, T, D) or None."""
-    (B, T, _), K = y.shape, 2 * len(view.freqs)
-    qkv = (w["qkv_scale"] * w["qkv"]).astype(y.dtype)
-    q, k, v = (jnp.einsum("btd,ed->bte", y, x).reshape(B, T, -1, K) for x in qkv)
-    q, k, time = norm(q), norm(k), jnp.arange(T, dtype=jnp.float32)[:, None, None]
+    (B, T, D), K = y.shape, 2 * len(view.freqs)
+    heads = lambda x: x.reshape(*x.shape[:-2], -1, K, D)
+    # Heads before tokens from here on: a TPU's tiles are the last two axes.
+    qkv = heads((w["qkv_scale"] * w["qkv"]).astype(y.dtype))
+    q, k, v = (jnp.einsum("btd,hkd->bhtk", y, x) for x in qkv)
+    q, k, time = norm(q), norm(k), jnp.arange(T, dtype=jnp.float32)[:, None]
+    gate = lambda x, name: jax.nn.sigmoid(jnp.einsum("btg,hg->bht", x, w[name]))[..., None]
     if "v" in kind:
         both = jnp.concatenate([y[..., : G // 2], ve[..., : G // 2]], -1)
-        gate = jax.nn.sigmoid((y[..., :G] if "p" in kind else both) @ w["value_gate"].T)
-        v = mix((1, v), (2 * gate[..., None], ve.reshape(v.shape)))
+        open = gate(y[..., :G] if "p" in kind else both, "value_gate")
+        v = mix((1, v), (2 * open, ve.reshape(B, T, -1, K).swapaxes(1, 2)))
+    if "p" in kind:  # they turn by twice the time, odd heads one further, as in the record
+        time = 2 * time + jnp.arange(q.shape[1])[:, None, None] % 2
+    q, k = rotary(q, time * view.freqs), rotary(k, time * view.freqs)
     if "p" in kind:  # heads h and h + H/2 see each other's keys: a row of 2 T with half the heads
-        theta = (2 * time + jnp.arange(q.shape[2])[:, None] % 2) * view.freqs
-        q, k, v = (z.reshape(B, 2 * T, -1, K) for z in (rotary(q, theta), rotary(k, theta), v))
-        doc = jnp.repeat(doc, 2, 1)
-    else:
-        q, k = rotary(q, time * view.freqs), rotary(k, time * view.freqs)
+        pair = lambda x: x.reshape(B, 2, -1, T, K).transpose(0, 2, 3, 1, 4).reshape(B, -1, 2 * T, K)
+        q, k, v, doc = pair(q), pair(k), pair(v), jnp.repeat(doc, 2, 1)
     if "l" in kind:  # dims that do not turn look one token back (record 49)
         k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
-    ways = {"tpu": splash, "default": attend}
-    window = view.long if "l" in kind else view.short
-    ways = {how: partial(f, window=window, scale=view.scale) for how, f in ways.items()}
-    o = lax.platform_dependent(q, k, v, doc, **ways)
-    o = o.reshape(B, T, -1, K) * jax.nn.sigmoid(y[..., :G] @ w["attn_gate"].T)[..., None]
-    return o.reshape(B, T, -1) @ (w["out_scale"] * w["out"]).astype(y.dtype).T
+    # The kernel of a platform is chosen when the program is compiled for it.
+    ways, window = {"tpu": splash, "default": attend}, view.long if "l" in kind else view.short
+    ways = {how: partial(f, window=window) for how, f in ways.items()}
+    o = lax.platform_dependent((view.scale * q).astype(q.dtype), k, v, doc, **ways)
+    if "p" in kind:
+        o = o.reshape(B, -1, T, 2, K).transpose(0, 3, 1, 2, 4).reshape(B, -1, T, K)
+    o = o * gate(y[..., :G], "attn_gate").astype(o.dtype)
+    out = (w["out_scale"] * w["out"]).astype(y.dtype).reshape(D, -1, K)
+    return jnp.einsum("bhtk,dhk->btd", o, out)
 
 
 def features(w, tokens_BT, c, view):
@@ -190,9 +194,7 @@ def features(w, tokens_BT, c, view):
     look = partial(sharding.lookup, dtype=w["head"].dtype)
     x, (V, E, _) = look(w["embed"], tokens_BT), w["value"].shape
     bigram = look(w["bigram"], bigram_hash(tokens_BT, c.bigram_rows))
-    # one gather of a row for all layers, then slices
-    values = iter(jnp.split(w["value"].reshape(V, -1), E, -1))
-    values = (look(value, tokens_BT) for value in values)
+    values = (look(value, tokens_BT) for value in jnp.split(w["value"].reshape(V, -1), E, -1))
     gate = jax.nn.sigmoid(x[..., :G] @ w["smear_gate"].T).at[:, 0].set(0)
     x = x0 = norm(mix((1, x), (w["smear"] * gate, shift(x))))
     x = mix((1, x), (w["bigram_inject"][0], bigram))
@@ -216,49 +218,58 @@ def features(w, tokens_BT, c, view):
     return norm(mix((1, x), (-w["backout"], x_back)))
 
 
-def head_scan(grad: bool, x, head, targets, weights):
-    """Summed cross entropy of x (B, T, D), head (V, D), targets (B, T, M) or -1, weights (M,).
-    By chunks of tokens; with `grad` also the gradients by x and head, while their logits are there.
+def cap(x):  # the logits are 23 sigmoid((x + 5) / 7.5) (records 18, 54) = 11.5 + 11.5 cap(x)
+    return jnp.tanh((x.astype(jnp.float32) + 5) / 15)
+
+
+def norm_scan(grad: bool, x, head, m):
+    """Sum of m log sum exp 11.5 cap(logits), x (B, T, D), head (V, D), m (B, T, 1) float32.
+    By chunks of tokens; with `grad` also the gradients by x and head, while their logits are there:
+    capped, so exp is safe as it is, and its sum is needed only after the products.
     """
     B, T, D = x.shape
     n = math.gcd(T, 1 << (2**27 // (B * len(head))).bit_length())
+    words = lax.optimization_barrier(head.T)  # turned once, not in every chunk
 
     def chunk(sums, args):
-        x, targets = args  # (B, n, D), (B, n, M)
-        s = jax.nn.sigmoid(((x @ head.T).astype(jnp.float32) + 5) / 7.5)
-        z = 23 * s  # softcap (records 18, 54): bounded, so exp is safe as it is
-        e, m = jnp.exp(z), jnp.where(targets >= 0, weights, 0)
-        sees = [targets[..., k, None] == jnp.arange(len(head)) for k in range(len(weights))]
-        hit = sum(jnp.where(see, m[..., k, None], 0) for k, see in enumerate(sees))
-        norms, m = e.sum(-1, keepdims=True), m.sum(-1, keepdims=True)
-        loss = sums[0] + (m * jnp.log(norms)).sum() - (hit * z).sum()
+        x, m = args  # (B, n, D), (B, n, 1)
+        t = cap(x @ words)
+        e = jnp.exp(11.5 * t)
+        norms = e.sum(-1, keepdims=True)
+        loss = sums[0] + (m * jnp.log(norms)).sum()
         if not grad:
             return (loss, sums[1]), None
-        dlogits = ((m / norms * e - hit) * (23 / 7.5) * s * (1 - s)).astype(x.dtype)
-        dhead = jnp.einsum("bnv,bnd->vd", dlogits, x, preferred_element_type=jnp.float32)
-        return (loss, sums[1] + dhead), dlogits @ head
+        g, a = (e * (1 - t * t)).astype(x.dtype), 11.5 / 15 * m / norms
+        g = lax.optimization_barrier(g)  # for two products, made once
+        ax = (a * x).astype(x.dtype)
+        dhead = jnp.einsum("bnv,bnd->vd", g, ax, preferred_element_type=jnp.float32)
+        return (loss, sums[1] + dhead), (a * (g @ head)).astype(x.dtype)
 
-    chunks = [a.reshape(B, T // n, n, -1).swapaxes(0, 1) for a in (x, targets)]
+    chunks = [a.reshape(B, T // n, n, -1).swapaxes(0, 1) for a in (x, m)]
     zeros = jnp.zeros(()), jnp.zeros(head.shape if grad else ())
     (loss, dhead), dx = lax.scan(chunk, zeros, chunks)
     return (loss, (dx.swapaxes(0, 1).reshape(B, T, D), dhead.astype(head.dtype))) if grad else loss
 
 
-head_loss = jax.custom_vjp(partial(head_scan, False))
-backward = lambda d, g: (*(g.astype(x.dtype) * x for x in d), None, None)  # noqa: E731
-head_loss.defvjp(partial(head_scan, True), backward)
+log_norms = jax.custom_vjp(partial(norm_scan, False))
+log_norms.defvjp(partial(norm_scan, True), lambda d, g: (*(g.astype(x.dtype) * x for x in d), None))
 
 
 def loss(w, rows, c, view, weights):
     """Cross entropy of the next len(weights) tokens (record 53), summed over rows (B, T + 1).
     Targets beyond the row are dropped; those in the next document count, as in the record.
     """
-    tokens, M, T = rows.astype(jnp.int32), len(weights), rows.shape[1] - 1
-    ahead = jnp.pad(tokens[:, 1:], ((0, 0), (0, M - 1)), constant_values=-1)
-    targets = jnp.stack([ahead[:, k : k + T] for k in range(M)], -1)
-    return head_loss(features(w, tokens[:, :-1], c, view), w["head"], targets, weights)
+    tokens, T = rows.astype(jnp.int32), rows.shape[1] - 1
+    x, head = features(w, tokens[:, :-1], c, view), w["head"].astype(jnp.float32)
+    m = [weight * (jnp.arange(T) < T - k)[:, None] for k, weight in enumerate(weights)]
+    total = log_norms(x, w["head"], jnp.broadcast_to(sum(m), (*x.shape[:2], 1)))
+    for k in range(len(weights)):  # the gradient of what was to be said is added up in float32
+        said = head[jnp.roll(tokens, -1 - k, 1)[:, :-1]].astype(x.dtype)
+        logit = jnp.einsum("btd,btd->bt", x, said, preferred_element_type=jnp.float32)
+        total -= (m[k] * 11.5 * cap(logit.astype(x.dtype))[..., None]).sum()
+    return total
 
 
 def logits_after(w, tokens, i, c, view):  # capped, (V,) float32, of the word after token i
     x = lax.dynamic_slice_in_dim(features(w, tokens, c, view), i, 1, 1)[0, 0]
-    return 23 * jax.nn.sigmoid(((x @ w["head"].T).astype(jnp.float32) + 5) / 7.5)
+    return 11.5 + 11.5 * cap(x @ w["head"].T)

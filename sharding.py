@@ -78,8 +78,21 @@ def lookup(table, ids_BT, dtype):
     """Rows (B, T, D) of a table (V, D) with split columns: ids travel, and what was found, so that
     no device holds a whole table or its gradient.
     """
-    found = table[lax.all_gather(ids_BT, "fsdp", tiled=True)].astype(dtype)
-    return lax.all_to_all(found, "fsdp", 0, 2, tiled=True)
+    found = table[lax.all_gather(ids_BT, "fsdp")].astype(dtype)  # (fsdp, B, T, D / fsdp)
+    parts = lax.all_to_all(found, "fsdp", 0, 0)
+    # Side by side by a product with the identity: TPUs are slow at moving columns otherwise.
+    where = np.eye(len(parts) * parts.shape[-1], dtype=dtype).reshape(
+        len(parts), parts.shape[-1], -1
+    )
+    return jax.numpy.einsum("pbtc,pcd->btd", parts, where)
+
+
+def by_heads(f, heads: int):
+    """f of arrays (B, H, T, K) and ids (B, T), within `by_rows`, where they are, if `tensor` fits."""
+    fits = heads % jax.sharding.get_abstract_mesh().shape["tensor"] == 0
+    at = PartitionSpec(None, "tensor" if fits else None)
+    options = {"axis_names": {"tensor"}, "check_vma": False}
+    return jax.shard_map(f, in_specs=(at, at, at, PartitionSpec()), out_specs=at, **options)
 
 
 def accumulation(n: int, device_rows: int) -> int:

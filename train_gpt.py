@@ -210,7 +210,9 @@ def program(c: Config, mesh) -> SimpleNamespace:
             losses = jax.lax.map(lambda row: model.loss(w, row[None], c, views[view], one), rows)
             return sharding.summed(losses.sum(), ())
 
-        return sharding.by_rows(mesh, local, (parts, rows_at), whole)(params, rows) / rows[:, 1:].size
+        return (
+            sharding.by_rows(mesh, local, (parts, rows_at), whole)(params, rows) / rows[:, 1:].size
+        )
 
     def logits(params, tokens, i):
         local = lambda params, *args: model.logits_after(use(params), *args, c, views[-1])
