@@ -7,7 +7,7 @@ L layers  A attention layers  E value embeddings  G gate inputs  M predicted tok
 import math
 import zlib
 from collections import namedtuple
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 
 import jax
@@ -22,8 +22,8 @@ G = 12  # gates read the first dims of the stream (record 28)
 # group's learning rate and decay; with betas it is Adam's, without Muon's.
 Param = namedtuple("Param", "shape axes init lr wd betas", defaults=(1, ()))
 # What a stage sets: windows (a token sees itself and so many before), frequencies of half a head
-# (K/2,), the last half of them 0 (record 17), the scale of the attention logits.
-View = namedtuple("View", "short long freqs scale")
+# (K/2,), the last half of them 0 (record 17), the scale of the attention logits; and what attends.
+View = namedtuple("View", "short long freqs scale attend")
 
 
 def param_table(c) -> dict:
@@ -97,10 +97,12 @@ def shift(x):  # x (..., T, D) of the token before, across documents; the first 
 
 
 def rotary(x, theta):
-    """Turns the halves of heads (B, H, T, K) by theta (T or H T, K/2); bf16 tables, as in the record."""
-    a, b = jnp.split(x, 2, -1)
+    """Turns the halves of heads (B, H, T, K) by theta (P, T, K/2), head h by row h % P; bf16 tables,
+    as in the record.
+    """
+    a, b = jnp.split(x.reshape(x.shape[0], -1, *theta.shape[:2], x.shape[3]), 2, -1)
     cos, sin = jnp.cos(theta).astype(a.dtype), jnp.sin(theta).astype(a.dtype)
-    return jnp.concatenate([a * cos + b * sin, b * cos - a * sin], -1)
+    return jnp.concatenate([a * cos + b * sin, b * cos - a * sin], -1).reshape(x.shape)
 
 
 def bigram_hash(tokens_BT, R: int):
@@ -109,9 +111,19 @@ def bigram_hash(tokens_BT, R: int):
     return ((36313 * tokens_BT ^ 27191 * before) % (R - 1)).at[:, 0].set(R - 1)
 
 
-def attend(q, k, v, doc, window: int):
-    """Attention of (B, H, T, K) to the same document, `window` tokens back and never ahead."""
-    B, H, T, K = q.shape
+def paired(x):  # heads h and h + H/2 as tokens 2 t and 2 t + 1 of one row (record 58)
+    B, H, T, K = x.shape
+    return x.reshape(B, 2, H // 2, T, K).transpose(0, 2, 3, 1, 4).reshape(B, H // 2, 2 * T, K)
+
+
+def attend(q, k, v, doc, window: int, pairs: bool):
+    """Attention of (B, H, T, K) to the same document, `window` tokens back and never ahead; with
+    pairs of heads that see each other's keys, in a row of 2 T with half the heads.
+    """
+    (B, H, T, K), whole = q.shape, q.shape
+    if pairs:
+        q, k, v, doc = paired(q), paired(k), paired(v), jnp.repeat(doc, 2, 1)
+        H, T = H // 2, 2 * T
     block = math.gcd(T, 1 << max(5, min(9, (window // 2).bit_length())))
     back = -(-window // block)
     span = (back + 1) * block  # what a block of queries sees: memory grows with T x window
@@ -134,23 +146,58 @@ def attend(q, k, v, doc, window: int):
         return jnp.einsum("bnqk,bnkd->bnqd", p, band(v)).reshape(B, T, K)
 
     heads = [x.swapaxes(0, 1) for x in (q, k, v)]
-    return lax.map(head, heads, batch_size=max(1, 2**27 // (B * T * span))).swapaxes(0, 1)
+    o = lax.map(head, heads, batch_size=max(1, 2**27 // (B * T * span))).swapaxes(0, 1)
+    return o.reshape(B, H, -1, 1 + pairs, K).transpose(0, 3, 1, 2, 4).reshape(whole)
 
 
-def splash(q, k, v, doc, window: int):
-    """What `attend` computes, in a TPU's kernel."""
+@cache
+def splash_kernel(T: int, H: int, window: int, pairs: bool):
+    """A TPU's kernel of `attend`. Pairs stay one behind the other: only the mask interleaves."""
     from jax.experimental.pallas.ops.tpu import splash_attention as tpu
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import Mask
+
+    def place(cut):
+        i = np.arange(cut.start, cut.stop)
+        return 2 * i - (T - 1) * (i >= T // 2) if pairs else i
+
+    class Band(Mask):
+        shape = T, T
+
+        def __getitem__(self, block):
+            q, k = (place(cut) for cut in block)
+            if k[0] > q[-1] or k[-1] < q[0] - window:  # most are empty: T^2 would take minutes
+                return np.zeros((len(q), len(k)), bool)
+            away = np.subtract.outer(q, k)
+            return (away >= 0) & (away <= window)
 
     names = "q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq"
-    T = q.shape[2]
-    blocks = tpu.BlockSizes(**{f"block_{name}": math.gcd(T, 512) for name in names})
+    blocks = dict.fromkeys((f"block_{name}" for name in names), math.gcd(T // 2, 512))
+    with jax.ensure_compile_time_eval():
+        mask = tpu.MultiHeadMask([Band()] * H)
+        return tpu.make_splash_mha_single_device(mask, block_sizes=tpu.BlockSizes(**blocks))
 
-    def kernel(q, k, v, doc):
-        mask = tpu.MultiHeadMask([tpu.LocalMask((T, T), (window, 0), 0)] * q.shape[1])
-        run = tpu.make_splash_mha_single_device(mask, block_sizes=blocks)
-        return jax.vmap(run)(q, k, v, tpu.SegmentIds(doc, doc))
 
-    return sharding.by_heads(kernel, q.shape[1])(q, k, v, doc)
+def splash(q, k, v, doc, window: int, pairs: bool):
+    """What `attend` computes, in a TPU's kernel, where it takes the sizes."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    B, H, T, K = q.shape
+    if T % 128 or K % 128:
+        return attend(q, k, v, doc, window, pairs)
+
+    def local(q, k, v, doc):
+        shape = q.shape
+        if pairs:
+            row = lambda x: x.reshape(B, 2, -1, T, K).swapaxes(1, 2).reshape(B, -1, 2 * T, K)
+            q, k, v, doc = row(q), row(k), row(v), jnp.tile(doc, 2)
+        run = splash_kernel(q.shape[2], q.shape[1], window, pairs)
+        o = jax.vmap(run)(q, k, v, SegmentIds(doc, doc))
+        return o.reshape(B, -1, 1 + pairs, T, K).swapaxes(1, 2).reshape(shape)
+
+    return sharding.by_heads(local, H)(q, k, v, doc)
+
+
+KERNELS = {"tpu": splash}  # platform -> what attends there, else `attend`
 
 
 def attention(y, ve, w, kind: str, view, doc):
@@ -166,20 +213,12 @@ def attention(y, ve, w, kind: str, view, doc):
         both = jnp.concatenate([y[..., : G // 2], ve[..., : G // 2]], -1)
         open = gate(y[..., :G] if "p" in kind else both, "value_gate")
         v = mix((1, v), (2 * open, ve.reshape(B, T, -1, K).swapaxes(1, 2)))
-    if "p" in kind:  # they turn by twice the time, odd heads one further, as in the record
-        time = 2 * time + jnp.arange(q.shape[1])[:, None, None] % 2
-    q, k = rotary(q, time * view.freqs), rotary(k, time * view.freqs)
-    if "p" in kind:  # heads h and h + H/2 see each other's keys: a row of 2 T with half the heads
-        pair = lambda x: x.reshape(B, 2, -1, T, K).transpose(0, 2, 3, 1, 4).reshape(B, -1, 2 * T, K)
-        q, k, v, doc = pair(q), pair(k), pair(v), jnp.repeat(doc, 2, 1)
+    turns = jnp.stack([2 * time, 2 * time + 1] if "p" in kind else [time])  # as in the record
+    q, k = rotary(q, turns * view.freqs), rotary(k, turns * view.freqs)
     if "l" in kind:  # dims that do not turn look one token back (record 49)
         k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
-    # The kernel of a platform is chosen when the program is compiled for it.
-    ways, window = {"tpu": splash, "default": attend}, view.long if "l" in kind else view.short
-    ways = {how: partial(f, window=window) for how, f in ways.items()}
-    o = lax.platform_dependent((view.scale * q).astype(q.dtype), k, v, doc, **ways)
-    if "p" in kind:
-        o = o.reshape(B, -1, T, 2, K).transpose(0, 3, 1, 2, 4).reshape(B, -1, T, K)
+    window, scaled = view.long if "l" in kind else view.short, (view.scale * q).astype(q.dtype)
+    o = view.attend(scaled, k, v, doc, window, "p" in kind)
     o = o * gate(y[..., :G], "attn_gate").astype(o.dtype)
     out = (w["out_scale"] * w["out"]).astype(y.dtype).reshape(D, -1, K)
     return jnp.einsum("bhtk,dhk->btd", o, out)
@@ -243,7 +282,10 @@ def norm_scan(grad: bool, x, head, m):
         g = lax.optimization_barrier(g)  # for two products, made once
         ax = (a * x).astype(x.dtype)
         dhead = jnp.einsum("bnv,bnd->vd", g, ax, preferred_element_type=jnp.float32)
-        return (loss, sums[1] + dhead), (a * (g @ head)).astype(x.dtype)
+        sums = loss, sums[1] + dhead
+        return lax.optimization_barrier(
+            (sums, (a * (g @ head)).astype(x.dtype))
+        )  # one loop, not two
 
     chunks = [a.reshape(B, T // n, n, -1).swapaxes(0, 1) for a in (x, m)]
     zeros = jnp.zeros(()), jnp.zeros(head.shape if grad else ())

@@ -139,7 +139,8 @@ def program(c: Config, mesh) -> SimpleNamespace:
     at = {n: sharding.placed(mesh, row.axes, row.shape, n) for n, row in table.items()}
     longs, dtype = [s.long for *_, s in schedule], jnp.float32 if c.float32 else jnp.bfloat16
     yarns = [model.yarn(c.width // c.heads, longs[: i + 1]) for i in range(len(longs))]
-    views = [model.View(s.short, s.long, *yarn) for (*_, s), yarn in zip(schedule, yarns)]
+    kernel = model.KERNELS.get(mesh.devices.flat[0].platform, model.attend)
+    views = [model.View(s.short, s.long, *yarn, kernel) for (*_, s), yarn in zip(schedule, yarns)]
     views.append(views[-1]._replace(long=c.val_long))
     scheduled, untie = schedule[-2][1], schedule[1][1] | 1  # untied after an Adam step
     start = int(scheduled * (1 - c.lr_fall))
@@ -178,14 +179,14 @@ def program(c: Config, mesh) -> SimpleNamespace:
         weights = np.array(s.mtp) + (np.array(s.mtp_end) - s.mtp) * (step - start) / (end - start)
 
         def local(params, rows, weights):
-            w, pull = jax.vjp(use, params)
-
-            def some(sums, rows):
-                new = jax.value_and_grad(model.loss)(w, rows, c, views[stage], weights)
-                return jax.tree.map(jnp.add, sums, new), None
-
-            zeros = jnp.zeros(()), {n: jnp.zeros(x.shape) for n, x in w.items()}
-            (loss, grads), _ = jax.lax.scan(some, zeros, micro(rows))
+            (w, pull), rows = jax.vjp(use, params), micro(rows)
+            some = lambda rows: jax.value_and_grad(model.loss)(w, rows, c, views[stage], weights)
+            if len(rows) == 1:  # a loop of one turn would cost XLA a copy of the loop over the head
+                loss, grads = some(rows[0])
+            else:
+                add = lambda sums, rows: (jax.tree.map(jnp.add, sums, some(rows)), None)
+                zeros = jnp.zeros(()), {n: jnp.zeros(x.shape) for n, x in w.items()}
+                (loss, grads), _ = jax.lax.scan(add, zeros, rows)
             (grads,) = pull({n: (g / c.rows).astype(w[n].dtype) for n, g in grads.items()})
             grads = {n: sharding.summed(g, axes[n]) for n, g in grads.items()}
             return sharding.summed(loss, ()), grads
