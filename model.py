@@ -88,18 +88,13 @@ def norm(x):  # RMSNorm without weights, in float32
     return (x * lax.rsqrt(square + 1.1920929e-07)).astype(x.dtype)
 
 
-def mix(*terms):  # sum of scalar * array, in float32, rounded once
-    return sum(scalar * x.astype(jnp.float32) for scalar, x in terms).astype(terms[0][1].dtype)
-
-
-def shift(x):  # x (..., T, D) of the token before, across documents; the first keeps its own
-    return jnp.concatenate([x[..., :1, :], x[..., :-1, :]], -2)
+# Sum of scalar * array, in float32, rounded once; x (..., T, D) of the token before, across documents.
+mix = lambda *terms: sum(a * x.astype(jnp.float32) for a, x in terms).astype(terms[0][1].dtype)
+shift = lambda x: jnp.concatenate([x[..., :1, :], x[..., :-1, :]], -2)
 
 
 def rotary(x, theta):
-    """Turns the halves of heads (B, H, T, K) by theta (P, T, K/2), head h by row h % P; bf16 tables,
-    as in the record.
-    """
+    """Turns the halves of heads (B, H, T, K) by theta (P, T, K/2), head h by h % P; bf16 tables."""
     a, b = jnp.split(x.reshape(x.shape[0], -1, *theta.shape[:2], x.shape[3]), 2, -1)
     cos, sin = jnp.cos(theta).astype(a.dtype), jnp.sin(theta).astype(a.dtype)
     return jnp.concatenate([a * cos + b * sin, b * cos - a * sin], -1).reshape(x.shape)
@@ -111,88 +106,75 @@ def bigram_hash(tokens_BT, R: int):
     return ((36313 * tokens_BT ^ 27191 * before) % (R - 1)).at[:, 0].set(R - 1)
 
 
-def paired(x):  # heads h and h + H/2 as tokens 2 t and 2 t + 1 of one row (record 58)
-    B, H, T, K = x.shape
-    return x.reshape(B, 2, H // 2, T, K).transpose(0, 2, 3, 1, 4).reshape(B, H // 2, 2 * T, K)
-
-
-def attend(q, k, v, doc, window: int, pairs: bool):
-    """Attention of (B, H, T, K) to the same document, `window` tokens back and never ahead; with
-    pairs of heads that see each other's keys, in a row of 2 T with half the heads.
+def attend(q, k, v, doc, window: int, P: int):
+    """Attention of (B, H, T, K) to the same document, `window` tokens back and never ahead. With P
+    of 2, heads h and h + H/2 see each other's keys: tokens 2 t and 2 t + 1 of one row (record 58).
     """
-    (B, H, T, K), whole = q.shape, q.shape
-    if pairs:
-        q, k, v, doc = paired(q), paired(k), paired(v), jnp.repeat(doc, 2, 1)
-        H, T = H // 2, 2 * T
-    block = math.gcd(T, 1 << max(5, min(9, (window // 2).bit_length())))
-    back = -(-window // block)
+    (B, H, T, K), reach = q.shape, -(-window // P)
+    block = math.gcd(T, 1 << max(5, min(9, (reach // 2).bit_length())))
+    back = -(-reach // block)
     span = (back + 1) * block  # what a block of queries sees: memory grows with T x window
 
-    def band(x, fill=0):  # (B, T, ...) -> (B, T/block, span, ...)
+    def band(x, fill=0):  # (B, T, ...) -> (B, N, span, ...), N = T / block
         ahead = [(0, 0), (back * block, 0)] + [(0, 0)] * (x.ndim - 2)
         x = jnp.pad(x, ahead, constant_values=fill).reshape(B, -1, block, *x.shape[2:])
         return jnp.concatenate([x[:, j : j + T // block] for j in range(back + 1)], 2)
 
-    away = back * block + jnp.arange(block)[:, None] - jnp.arange(span)
-    same = doc.reshape(B, -1, block, 1) == band(doc, -1)[:, :, None]
-    seen = (away >= 0) & (away <= window) & same
+    at = lambda n: P * jnp.arange(n) + jnp.arange(P)[:, None]  # (P, n)
+    away = P * back * block + at(block)[..., None, None] - at(span)
+    same = doc.reshape(B, -1, 1, block, 1, 1) == band(doc, -1)[:, :, None, None, None]
+    seen = (away >= 0) & (away <= window) & same  # (B, N, P, block, P, span)
 
     @jax.checkpoint
-    def head(qkv):
-        q, k, v = qkv  # (B, T, K)
-        q, f32 = q.reshape(B, -1, block, K), jnp.float32
-        logits = jnp.einsum("bnqd,bnkd->bnqk", q, band(k), preferred_element_type=f32)
-        p = jax.nn.softmax(jnp.where(seen, logits, -1e30), -1).astype(v.dtype)
-        return jnp.einsum("bnqk,bnkd->bnqd", p, band(v)).reshape(B, T, K)
+    def heads(qkv):  # (B, P, T, K) each
+        k, v = (jax.vmap(band, 1, 1)(x) for x in qkv[1:])
+        q, f32 = qkv[0].reshape(B, P, -1, block, K), jnp.float32
+        logits = jnp.einsum("bpnqk,brnsk->bnpqrs", q, k, preferred_element_type=f32)
+        p = jax.nn.softmax(jnp.where(seen, logits, -1e30), (-2, -1)).astype(v.dtype)
+        return jnp.einsum("bnpqrs,brnsk->bpnqk", p, v).reshape(B, P, T, K)
 
-    heads = [x.swapaxes(0, 1) for x in (q, k, v)]
-    o = lax.map(head, heads, batch_size=max(1, 2**27 // (B * T * span))).swapaxes(0, 1)
-    return o.reshape(B, H, -1, 1 + pairs, K).transpose(0, 3, 1, 2, 4).reshape(whole)
+    qkv = [x.reshape(B, P, -1, T, K).transpose(2, 0, 1, 3, 4) for x in (q, k, v)]
+    o = lax.map(heads, qkv, batch_size=max(1, 2**27 // (B * T * span * P * P)))
+    return o.transpose(1, 2, 0, 3, 4).reshape(B, H, T, K)
 
 
 @cache
-def splash_kernel(T: int, H: int, window: int, pairs: bool):
-    """A TPU's kernel of `attend`. Pairs stay one behind the other: only the mask interleaves."""
+def splash_kernel(H: int, T: int, window: int, P: int):
+    """A TPU's kernel of `attend`, for P T tokens that stay one row behind the other."""
     from jax.experimental.pallas.ops.tpu import splash_attention as tpu
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import Mask
 
-    def place(cut):
-        i = np.arange(cut.start, cut.stop)
-        return 2 * i - (T - 1) * (i >= T // 2) if pairs else i
-
     class Band(Mask):
-        shape = T, T
+        shape = P * T, P * T
 
-        def __getitem__(self, block):
-            q, k = (place(cut) for cut in block)
-            if k[0] > q[-1] or k[-1] < q[0] - window:  # most are empty: T^2 would take minutes
+        def __getitem__(self, cuts):
+            q, k = (P * (i % T) + i // T for i in (np.arange(s.start, s.stop) for s in cuts))
+            if k[0] > q[-1] or k[-1] < q[0] - window:  # most: without this T^2 takes a minute
                 return np.zeros((len(q), len(k)), bool)
             away = np.subtract.outer(q, k)
             return (away >= 0) & (away <= window)
 
     names = "q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq"
-    blocks = dict.fromkeys((f"block_{name}" for name in names), math.gcd(T // 2, 512))
+    blocks = tpu.BlockSizes(**{f"block_{name}": math.gcd(T, 512) for name in names})
     with jax.ensure_compile_time_eval():
-        mask = tpu.MultiHeadMask([Band()] * H)
-        return tpu.make_splash_mha_single_device(mask, block_sizes=tpu.BlockSizes(**blocks))
+        kernel = tpu.make_splash_mha_single_device(
+            tpu.MultiHeadMask([Band()] * H), block_sizes=blocks
+        )
+    return jax.vmap(lambda q, k, v, doc: kernel(q, k, v, tpu.SegmentIds(doc, doc)))
 
 
-def splash(q, k, v, doc, window: int, pairs: bool):
-    """What `attend` computes, in a TPU's kernel, where it takes the sizes."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
-
+def splash(q, k, v, doc, window: int, P: int):
+    """What `attend` computes, on a TPU, where its kernel takes the sizes."""
     B, H, T, K = q.shape
     if T % 128 or K % 128:
-        return attend(q, k, v, doc, window, pairs)
+        return attend(q, k, v, doc, window, P)
 
     def local(q, k, v, doc):
-        shape = q.shape
-        if pairs:
-            row = lambda x: x.reshape(B, 2, -1, T, K).swapaxes(1, 2).reshape(B, -1, 2 * T, K)
-            q, k, v, doc = row(q), row(k), row(v), jnp.tile(doc, 2)
-        run = splash_kernel(q.shape[2], q.shape[1], window, pairs)
-        o = jax.vmap(run)(q, k, v, SegmentIds(doc, doc))
-        return o.reshape(B, -1, 1 + pairs, T, K).swapaxes(1, 2).reshape(shape)
+        rows = [
+            x.reshape(B, P, -1, T, K).swapaxes(1, 2).reshape(B, -1, P * T, K) for x in (q, k, v)
+        ]
+        o = splash_kernel(rows[0].shape[1], T, window, P)(*rows, jnp.tile(doc, P))
+        return o.reshape(B, -1, P, T, K).swapaxes(1, 2).reshape(q.shape)
 
     return sharding.by_heads(local, H)(q, k, v, doc)
 
@@ -202,24 +184,21 @@ KERNELS = {"tpu": splash}  # platform -> what attends there, else `attend`
 
 def attention(y, ve, w, kind: str, view, doc):
     """Attention of the normed stream y (B, T, D), w one layer's weights, ve (B, T, D) or None."""
-    (B, T, D), K = y.shape, 2 * len(view.freqs)
-    heads = lambda x: x.reshape(*x.shape[:-2], -1, K, D)
+    (B, T, D), K, P = y.shape, 2 * len(view.freqs), 1 + ("p" in kind)
     # Heads before tokens from here on: a TPU's tiles are the last two axes.
-    qkv = heads((w["qkv_scale"] * w["qkv"]).astype(y.dtype))
+    qkv = (w["qkv_scale"] * w["qkv"]).astype(y.dtype).reshape(3, -1, K, D)
     q, k, v = (jnp.einsum("btd,hkd->bhtk", y, x) for x in qkv)
-    q, k, time = norm(q), norm(k), jnp.arange(T, dtype=jnp.float32)[:, None]
     gate = lambda x, name: jax.nn.sigmoid(jnp.einsum("btg,hg->bht", x, w[name]))[..., None]
     if "v" in kind:
         both = jnp.concatenate([y[..., : G // 2], ve[..., : G // 2]], -1)
-        open = gate(y[..., :G] if "p" in kind else both, "value_gate")
+        open = gate(y[..., :G] if P == 2 else both, "value_gate")
         v = mix((1, v), (2 * open, ve.reshape(B, T, -1, K).swapaxes(1, 2)))
-    turns = jnp.stack([2 * time, 2 * time + 1] if "p" in kind else [time])  # as in the record
-    q, k = rotary(q, turns * view.freqs), rotary(k, turns * view.freqs)
+    turns = P * jnp.arange(T, dtype=jnp.float32)[:, None] + jnp.arange(P)[:, None, None]
+    q, k = (rotary(norm(x), turns * view.freqs) for x in (q, k))
     if "l" in kind:  # dims that do not turn look one token back (record 49)
         k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
-    window, scaled = view.long if "l" in kind else view.short, (view.scale * q).astype(q.dtype)
-    o = view.attend(scaled, k, v, doc, window, "p" in kind)
-    o = o * gate(y[..., :G], "attn_gate").astype(o.dtype)
+    q, window = (view.scale * q).astype(q.dtype), view.long if "l" in kind else view.short
+    o = view.attend(q, k, v, doc, window, P) * gate(y[..., :G], "attn_gate").astype(q.dtype)
     out = (w["out_scale"] * w["out"]).astype(y.dtype).reshape(D, -1, K)
     return jnp.einsum("bhtk,dhk->btd", o, out)
 
@@ -257,8 +236,8 @@ def features(w, tokens_BT, c, view):
     return norm(mix((1, x), (-w["backout"], x_back)))
 
 
-def cap(x):  # the logits are 23 sigmoid((x + 5) / 7.5) (records 18, 54) = 11.5 + 11.5 cap(x)
-    return jnp.tanh((x.astype(jnp.float32) + 5) / 15)
+# The logits are 23 sigmoid((x + 5) / 7.5) (records 18, 54) = 11.5 + 11.5 cap(x).
+cap = lambda x: jnp.tanh((x.astype(jnp.float32) + 5) / 15)
 
 
 def norm_scan(grad: bool, x, head, m):

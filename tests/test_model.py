@@ -24,7 +24,7 @@ def weights():
     return {n: w + 0.1 * jax.random.normal(k, w.shape) for k, (n, w) in zip(keys, params.items())}
 
 
-VIEW = model.View(8, 24, *model.yarn(C.width // C.heads, [24]))
+VIEW = model.View(8, 24, *model.yarn(C.width // C.heads, [24]), model.attend)
 FIRST = jnp.concatenate(
     [jnp.asarray([[C.bos]]), jax.random.randint(jax.random.key(5), (1, 63), 0, 256)], 1
 )
