@@ -93,11 +93,13 @@ mix = lambda *terms: sum(a * x.astype(jnp.float32) for a, x in terms).astype(ter
 shift = lambda x: jnp.concatenate([x[..., :1, :], x[..., :-1, :]], -2)
 
 
-def rotary(x, theta):
-    """Turns the halves of heads (B, H, T, K) by theta (P, T, K/2), head h by h % P; bf16 tables."""
-    a, b = jnp.split(x.reshape(x.shape[0], -1, *theta.shape[:2], x.shape[3]), 2, -1)
-    cos, sin = jnp.cos(theta).astype(a.dtype), jnp.sin(theta).astype(a.dtype)
-    return jnp.concatenate([a * cos + b * sin, b * cos - a * sin], -1).reshape(x.shape)
+def rotary(x, theta, row):
+    """Turns the halves of heads (B, H, T, K) by theta (P, T, K/2), head h by theta[row[h]]; in bf16
+    tables, as in the record. The halves change places in a product: TPUs are slow at moving columns.
+    """
+    swap = np.roll(np.eye(x.shape[-1], dtype=x.dtype), x.shape[-1] // 2, 0)
+    cos, sin = (table.astype(x.dtype)[row] for table in (jnp.cos(theta), jnp.sin(theta)))
+    return x * jnp.tile(cos, 2) + (x @ swap) * jnp.concatenate([sin, -sin], -1)
 
 
 def bigram_hash(tokens_BT, R: int):
@@ -108,7 +110,7 @@ def bigram_hash(tokens_BT, R: int):
 
 def attend(q, k, v, doc, window: int, P: int):
     """Attention of (B, H, T, K) to the same document, `window` tokens back and never ahead. With P
-    of 2, heads h and h + H/2 see each other's keys: tokens 2 t and 2 t + 1 of one row (record 58).
+    of 2, heads 2 h and 2 h + 1 see each other's keys: tokens 2 t and 2 t + 1 of one row (record 58).
     """
     (B, H, T, K), reach = q.shape, -(-window // P)
     block = math.gcd(T, 1 << max(5, min(9, (reach // 2).bit_length())))
@@ -133,9 +135,9 @@ def attend(q, k, v, doc, window: int, P: int):
         p = jax.nn.softmax(jnp.where(seen, logits, -1e30), (-2, -1)).astype(v.dtype)
         return jnp.einsum("bnpqrs,brnsk->bpnqk", p, v).reshape(B, P, T, K)
 
-    qkv = [x.reshape(B, P, -1, T, K).transpose(2, 0, 1, 3, 4) for x in (q, k, v)]
+    qkv = [x.reshape(B, -1, P, T, K).swapaxes(0, 1) for x in (q, k, v)]
     o = lax.map(heads, qkv, batch_size=max(1, 2**27 // (B * T * span * P * P)))
-    return o.transpose(1, 2, 0, 3, 4).reshape(B, H, T, K)
+    return o.swapaxes(0, 1).reshape(B, H, T, K)
 
 
 @cache
@@ -170,13 +172,11 @@ def splash(q, k, v, doc, window: int, P: int):
         return attend(q, k, v, doc, window, P)
 
     def local(q, k, v, doc):
-        rows = [
-            x.reshape(B, P, -1, T, K).swapaxes(1, 2).reshape(B, -1, P * T, K) for x in (q, k, v)
-        ]
+        rows = [x.reshape(B, -1, P * T, K) for x in (q, k, v)]
         o = splash_kernel(rows[0].shape[1], T, window, P)(*rows, jnp.tile(doc, P))
-        return o.reshape(B, -1, P, T, K).swapaxes(1, 2).reshape(q.shape)
+        return o.reshape(q.shape)
 
-    return sharding.by_heads(local, H)(q, k, v, doc)
+    return sharding.by_heads(local, H // P)(q, k, v, doc)
 
 
 KERNELS = {"tpu": splash}  # platform -> what attends there, else `attend`
@@ -193,8 +193,10 @@ def attention(y, ve, w, kind: str, view, doc):
         both = jnp.concatenate([y[..., : G // 2], ve[..., : G // 2]], -1)
         open = gate(y[..., :G] if P == 2 else both, "value_gate")
         v = mix((1, v), (2 * open, ve.reshape(B, T, -1, K).swapaxes(1, 2)))
-    turns = P * jnp.arange(T, dtype=jnp.float32)[:, None] + jnp.arange(P)[:, None, None]
-    q, k = (rotary(norm(x), turns * view.freqs) for x in (q, k))
+    time = P * jnp.arange(T, dtype=jnp.float32)[:, None] + jnp.arange(P)[:, None, None]
+    # In pairs the record turns odd heads one further; it pairs h and h + H/2, here they are neighbours.
+    odd = np.arange(q.shape[1]).reshape(P, -1).T.ravel() % P if P == 2 else np.zeros(1, int)
+    q, k = (rotary(norm(x), time * view.freqs, odd) for x in (q, k))
     if "l" in kind:  # dims that do not turn look one token back (record 49)
         k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
     q, window = (view.scale * q).astype(q.dtype), view.long if "l" in kind else view.short

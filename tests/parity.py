@@ -89,21 +89,22 @@ def head_order(K: int) -> np.ndarray:
 def ours(theirs: dict, c: train_gpt.Config) -> dict:
     """The record's arrays (parameters or gradients) under our names and in our layout."""
     D, L, K = c.width, len(c.layers.split(",")), c.width // c.heads
-    order = (np.arange(c.heads)[:, None] * K + head_order(K)).ravel()
+    heads = np.arange(c.heads).reshape(2, -1).T.ravel()  # it pairs h and h + H/2, we neighbours
+    order, dims = ((heads[:, None] * K + each).ravel() for each in (head_order(K), np.arange(K)))
     attn = theirs["attn_bank"].reshape(-1, 4, D, D)
-    qkv = np.stack([attn[:, 0, order], attn[:, 1, order], attn[:, 2]], 1)
+    qkv = np.stack([attn[:, 0, order], attn[:, 1, order], attn[:, 2, dims]], 1)
     scalars = theirs["scalars"]
     return {
         "qkv": qkv,
-        "out": attn[:, 3],
+        "out": attn[:, 3][..., dims],
         "up": theirs["mlp_bank"][:L, 0],
         "down": theirs["mlp_bank"][:L, 1],
         "head": theirs["lm_head.weight"].T,
         "embed": theirs["embed.weight"],
-        "value": theirs["value_embeds"].reshape(-1, c.vocab, D).transpose(1, 0, 2),
+        "value": theirs["value_embeds"].reshape(-1, c.vocab, D).transpose(1, 0, 2)[..., dims],
         "bigram": theirs["bigram_embed.weight"],
-        "attn_gate": theirs["attn_gate_bank"],
-        "value_gate": theirs["ve_gate_bank"],
+        "attn_gate": theirs["attn_gate_bank"][:, heads],
+        "value_gate": theirs["ve_gate_bank"][:, heads],
         "smear_gate": theirs["smear_gate.weight"],
         "skip_gate": theirs["skip_gate.weight"],
         "qkv_scale": scalars[: 2 * L : 2],
