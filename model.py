@@ -293,6 +293,6 @@ def loss(w, rows, c, view, weights):
     return total
 
 
-def logits_after(w, tokens, i, c, view):  # capped, (V,) float32, of the word after token i
-    x = lax.dynamic_slice_in_dim(features(w, tokens, c, view), i, 1, 1)[0, 0]
+def logits_after(w, tokens, i, c, view):  # capped, (B, V) float32, of the word after token i
+    x = lax.dynamic_slice_in_dim(features(w, tokens, c, view), i, 1, 1)[:, 0]
     return 11.5 + 11.5 * cap(x @ w["head"].T)

@@ -1,5 +1,7 @@
 """Devices: the processes, the mesh, and the one table that says how every array is split."""
 
+import os
+
 import jax
 import numpy as np
 from jax import lax
@@ -19,6 +21,21 @@ ROWS = RULES["rows"]
 
 class InputError(ValueError):
     """Something that the user can mend, in one line."""
+
+
+def start_processes():
+    """Joins the processes of a job, where there are several: torchrun's variables are known here,
+    those of SLURM, Open MPI, Kubernetes and Cloud TPU pods to `jax.distributed`.
+    """
+    env, counts = os.environ, ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETIONS")
+    if (n := int(env.get("WORLD_SIZE", 1))) > 1:
+        address = f"{env['MASTER_ADDR']}:{int(env['MASTER_PORT']) + 1}"  # MASTER_PORT is torchrun's
+        mine = [int(env["LOCAL_RANK"])] if jax.config.jax_platforms != "cpu" else None
+        jax.distributed.initialize(address, n, int(env["RANK"]), mine)
+    elif max(int(env.get(name) or 1) for name in counts) > 1:
+        jax.distributed.initialize()
+    elif "," in env.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
 
 
 def make_mesh(layout: str, devices=None) -> Mesh:

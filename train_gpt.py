@@ -1,8 +1,14 @@
 """NanoGPT speedrun in JAX: trains record #77's recipe to 3.28 validation loss on FineWeb.
 
-python train_gpt.py [train] [--key=value ...] (./launch does the same, and sets up Python). Keys are
-the fields of Config, as in --preset=smoke --steps=100 --mesh=data:2,fsdp:4; without a preset it is
-speedrun where there is a GPU or TPU, else smoke, on the CPU.
+python train_gpt.py [COMMAND] [--key=value ...] (./launch does the same, and sets up Python)
+
+train     the default; keys are the fields of Config, as in --preset=smoke --steps=100; without a
+          preset it is speedrun where there is a GPU or TPU, else smoke, on the CPU
+sample    text of --run=NAME [--prompt=TEXT --tokens=N --samples=N --temperature=X --top_k=N]
+eval      the validation loss of --run=NAME
+record    --name=NAME --runs=N and keys of train: N seeds, and what a submission needs
+plan      --topology=v6e:2x4 and keys of train: memory and time on a TPU slice that is not here
+bench     keys of train: compile and step time, tokens/s, memory
 """
 
 import dataclasses
@@ -10,6 +16,7 @@ import difflib
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections import namedtuple
@@ -24,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -34,6 +42,7 @@ import muon
 import sharding
 from sharding import InputError
 
+HERE = Path(__file__).parent
 SOURCES = ("launch", "train_gpt.py", "model.py", "muon.py", "data_fineweb.py", "sharding.py")
 
 
@@ -89,9 +98,7 @@ class Config:
     bigram_rows: int = 5 * 50304
     muon_lr: float = 0.023
     adam_lr: float = 0.008
-    lr_fall: float = (
-        0.6  # part of the scheduled steps, at their end, in which the rates fall to 0.15
-    )
+    lr_fall: float = 0.6  # part of the scheduled steps, at their end: the rates fall to 0.15
     momentum_rise: float = 300 / 1490  # parts of the steps, at their start and end, in which Muon's
     momentum_fall: float = 50 / 1490  # momentum rises from 0.85 to 0.95, and falls again
     val_tokens: int = 10_485_760
@@ -159,8 +166,8 @@ def program(c: Config, mesh) -> SimpleNamespace:
     rules = {"muon": muon.normuon(muon_rows, muon_rate, momentum, dtype, split)}
     rules["adam"] = muon.adam(adam_rows, partial(rate, c.adam_lr))
 
-    def init(key):
-        params, step = model.init(table, key), jnp.zeros((), jnp.int32)
+    def init(seed):
+        params, step = model.init(table, jax.random.key(seed)), jnp.zeros((), jnp.int32)
         return {"params": params, "step": step} | {n: r.init(params) for n, r in rules.items()}
 
     axes = {n: row.axes for n, row in table.items()}
@@ -224,7 +231,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
         at = sharding.placed(mesh, [axis if size > 1 else None for axis, size in axes])
         return leaf.update(sharding=at)
 
-    like = jax.tree_util.tree_map_with_path(place, jax.eval_shape(init, jax.random.key(0)))
+    like = jax.tree_util.tree_map_with_path(place, jax.eval_shape(init, 0))
     state_at = jax.tree.map(lambda leaf: leaf.sharding, like)
     return SimpleNamespace(
         like=like,
@@ -237,57 +244,65 @@ def program(c: Config, mesh) -> SimpleNamespace:
 
 
 class Journal:
-    """The console, log.txt, metrics.csv and TensorBoard of a run."""
+    """The console, log.txt, metrics.csv and TensorBoard of a run, all by process 0."""
 
     def __init__(self, run: Path, c: Config, meta: dict):
-        source = "".join(Path(__file__).with_name(name).read_text() for name in SOURCES)
-        config, rule, chips = json.dumps(dataclasses.asdict(c)), "=" * 100, jax.devices()
-        setup = f"Python {sys.version}, JAX {jax.__version__}, {len(chips)} {chips[0].device_kind}"
         self.c, self.log, self.csv = c, run / "log.txt", run / "metrics.csv"
+        self.silent, config = jax.process_index() > 0, json.dumps(dataclasses.asdict(c))
+        if self.silent:
+            return
         self.board = EventFileWriter(str(run / "tensorboard"), flush_secs=5)
         if meta["step"]:  # drops what the interrupted run had written after its checkpoint
             os.truncate(self.log, meta["log"])
             os.truncate(self.csv, meta["csv"])
             self.event(meta["step"], session_log=event_pb2.SessionLog(status=1))
         else:
-            self.log.write_text(f"{source}{rule}\n{setup}\nconfig {config}\n{rule}\n")
+            source, chips = "".join((HERE / name).read_text() for name in SOURCES), jax.devices()
+            setup = f"Python {sys.version}, JAX {jax.__version__}"
+            setup += f", {len(chips)} {chips[0].device_kind}\nconfig {config}"
+            self.log.write_text(f"{source}{'=' * 100}\n{setup}\n{'=' * 100}\n")
             self.csv.write_text("step,train_time_ms,name,value\n")
         self.event(meta["step"], summary=text_pb("config", config))
 
     def event(self, step: int, **what):
-        self.board.add_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
+        if not self.silent:
+            self.board.add_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
 
     def say(self, line: str, show: bool = True):
-        with self.log.open("a") as log:
-            log.write(line + "\n")
-        if show:
-            print(line, flush=True)
+        if not self.silent:
+            with self.log.open("a") as log:
+                log.write(line + "\n")
+            if show:
+                print(line, flush=True)
 
     def scalar(self, step: int, seconds: float, name: str, value: float, show: bool = True):
         ms, at = 1000 * seconds, step - (name != "val_loss")  # the step whose batch it was
         if name.endswith("loss"):
             times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
             self.say(f"step:{step}/{self.c.steps} {name}:{value:.4f} {times}", show)
-        with self.csv.open("a") as csv:
-            csv.write(f"{step},{ms:.0f},{name},{value}\n")
+        if not self.silent:
+            with self.csv.open("a") as csv:
+                csv.write(f"{step},{ms:.0f},{name},{value}\n")
         scalar = summary_pb2.Summary.Value(tag=name, simple_value=value)
         self.event(at, summary=summary_pb2.Summary(value=[scalar]))
 
 
 def accelerator() -> str:  # what this machine has, whatever JAX can use of it
-    tpu = any(p.read_text() == "0x1ae0\n" for p in Path("/sys/bus/pci").glob("devices/*/vendor"))
+    ids = "PCI_ID=1AE0:00(27|5E|62|63|6F|76)\n"  # Google's network cards are no TPUs
+    tpu = any(re.search(ids, p.read_text()) for p in Path("/sys/bus/pci").glob("devices/*/uevent"))
     return "GPU" if any(Path("/dev").glob("nvidia[0-9]*")) else "TPU" if tpu else ""
 
 
 def start(c: Config):
     """Sets JAX up, once per Python process. Raises InputError on a silent fall to the CPU."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".cache/jax"))
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(HERE / ".cache/jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_default_matmul_precision", "highest" if c.float32 else None)
     with suppress(RuntimeError):  # JAX is in use already, as in a notebook or a test
         if c.device != "auto":
             jax.config.update("jax_platforms", {"gpu": "cuda"}.get(c.device, c.device))
         jax.config.update("jax_num_cpu_devices", c.cpu_devices)
+        sharding.start_processes()
     if jax.default_backend() == "cpu" and c.device != "cpu" and accelerator():
         how = "install JAX's plugin (./launch does), end what else holds it, or say --device=cpu"
         raise InputError(f"this machine has a {accelerator()}, but JAX sees the CPU alone: {how}")
@@ -296,19 +311,55 @@ def start(c: Config):
 Result = namedtuple("Result", "val_loss train_time run_dir")  # nats, seconds, Path
 
 
-def train(c: Config) -> Result:
-    """Trains, or goes on with the run of that name, to the last step and validation."""
-    start(c)
-    run = Path("runs", c.run or time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}"))
+def checkpoints(run: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    return ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
+
+
+def restore(manager, like):
+    """(state, meta) of the newest checkpoint that can be read, laid out as `like`; or None, {}."""
+    both = {"state": ocp.args.StandardRestore(like), "meta": ocp.args.JsonRestore()}
+    steps = sorted(manager.all_steps(), reverse=True)
+    for step in steps:
+        try:
+            got = manager.restore(step, args=ocp.args.Composite(**both))
+            return got["state"], got["meta"]
+        except Exception as error:  # whatever it is that the library stumbles over
+            print(f"warning: checkpoint {step} cannot be read, passed over: {error!s:.200}")
+            manager.delete(step)
+    if steps:
+        raise InputError(f"no checkpoint in {manager.directory} can be read: choose another --run")
+    return None, {"step": 0, "train_time": 0.0}
+
+
+def configured(run: Path) -> dict:
+    """The config of a run, from its log; {} where there is none."""
     log = (run / "log.txt").read_text() if (run / "log.txt").exists() else ""
-    was, now = re.search(r"^config (.*)$", log, re.MULTILINE), dataclasses.asdict(c)
-    was = json.loads(was[1]) if was else {}
+    found = re.search(r"^config (.*)$", log, re.MULTILINE)
+    return json.loads(found[1]) if found else {}
+
+
+def held_out(c: Config, mesh, corpus) -> jax.Array:
+    rows = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
+    return sharding.global_rows(mesh, len(rows), lambda first, n: rows[first : first + n])
+
+
+def train(c: Config, stop=lambda step: False) -> Result:
+    """Trains, or goes on with the run of that name, to the last step and validation. Where `stop`
+    says so it saves and exits with status 75.
+    """
+    start(c)
+    fresh = multihost_utils.broadcast_one_to_all(np.array([time.time(), os.getpid()], int))
+    name = c.run or time.strftime(f"%Y%m%d-%H%M%S-{fresh[1]}", time.localtime(fresh[0]))
+    runs = map(Path("runs").joinpath, [name, *(f"{name}-{i}" for i in range(1, 1000))])
+    run = next(run for run in runs if c.resume or not run.exists())
+    was, now = configured(run), dataclasses.asdict(c)
     differ = [f"{k} was {was.get(k)}" for k in now if k not in FREE and was.get(k) != now[k]]
-    if was and (differ or not c.resume):
-        what = ", ".join(differ) or "--resume=false"
-        raise InputError(f"{run} is there already, {what}: choose another --run")
+    if was and differ:
+        what = f"{run} is there already, {', '.join(differ)}"
+        raise InputError(f"{what}: choose another --run, or --resume=false to start {name}-1")
     final = rf"^step:{c.steps}/.* val_loss:(\S+) train_time:(\d+).*$"
-    if done := re.search(final, log, re.MULTILINE):
+    if done := was and re.search(final, (run / "log.txt").read_text(), re.MULTILINE):
         print(done[0])
         return Result(float(done[1]), int(done[2]) / 1000, run)
     mesh = sharding.make_mesh(c.mesh)
@@ -316,18 +367,12 @@ def train(c: Config) -> Result:
     corpus = data_fineweb.open_corpus(c.data, c.vocab, c.bos)
     stages = [schedule[c.stage(step)][2] for step in range(c.steps)]
     plan = data_fineweb.plan(corpus, [(s.tokens // c.rows, s.max_doc, c.rows) for s in stages])
-    held_out = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
-    val = sharding.global_rows(mesh, len(held_out), lambda first, n: held_out[first : first + n])
+    val = held_out(c, mesh, corpus)
     reads = [partial(data_fineweb.batch, rows) for rows in plan]
     batch = lambda step: sharding.global_rows(mesh, c.rows, reads[min(step, c.steps - 1)])
     run.mkdir(parents=True, exist_ok=True)
-    keep = ocp.CheckpointManagerOptions(max_to_keep=2)
-    manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=keep)
-    state, meta, kept = None, {"step": 0, "train_time": 0.0}, manager.latest_step()
-    if kept is not None:
-        both = {"state": ocp.args.StandardRestore(p.like), "meta": ocp.args.JsonRestore()}
-        got = manager.restore(kept, args=ocp.args.Composite(**both))
-        state, meta = got["state"], got["meta"]
+    manager = checkpoints(run)
+    state, meta = restore(manager, p.like)
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
     steps = sharding.accumulation(c.rows // n, c.device_rows)
     for tokens in dict.fromkeys(s.tokens for s in stages):
@@ -342,7 +387,7 @@ def train(c: Config) -> Result:
     with ThreadPoolExecutor() as pool:
         compiled = dict(zip(jobs, pool.map(lambda lower: lower().compile(), jobs.values())))
     journal.say(f"compiled {len(jobs)} programs in {time.perf_counter() - began:.1f} s")
-    state = state or p.init(jax.random.key(c.seed))
+    state = state or p.init(c.seed)
 
     def note(step, loss, norm):  # waits for the device
         loss, norm, seconds = float(loss), float(norm), spent + time.perf_counter() - began
@@ -355,8 +400,9 @@ def train(c: Config) -> Result:
     pending, loader, began = (), ThreadPoolExecutor(1), time.perf_counter()
     ahead = loader.submit(batch, first)
     for step in range(first, c.steps + 1):
-        last = step == c.steps
+        last, stopped = step == c.steps, stop(step)
         saving, validating = (last or step % every == 0 for every in (c.save_every, c.val_every))
+        saving |= stopped
         if saving or validating:
             pending = pending and note(*pending)
             spent += time.perf_counter() - began
@@ -365,6 +411,10 @@ def train(c: Config) -> Result:
                 meta = ocp.args.JsonSave({"step": step, "train_time": spent, **sizes})
                 both = {"state": ocp.args.StandardSave(state), "meta": meta}
                 manager.save(step, args=ocp.args.Composite(**both))  # writes in the background
+            if stopped and not last:
+                manager.wait_until_finished()
+                journal.say(f"stopped after step {step}, saved: the same command goes on")
+                sys.exit(75)
             if validating:
                 evaluate = compiled["val", len(schedule) if last else c.stage(step)]
                 val_loss = float(evaluate(state["params"], val))
@@ -377,23 +427,72 @@ def train(c: Config) -> Result:
             pending = pending and note(*pending)  # one step late, so the device never waits
             pending = step + 1, loss, norm
     manager.wait_until_finished()
-    text = write(c, p, state["params"], "\n", 256, 0.8, 50)
+    (text,) = write(c, p, state["params"], "\n", 256)
     journal.event(c.steps, summary=text_pb("sample", text))
     journal.say(f"sample of {run}:\n{text}")
     return Result(val_loss, spent, run)
 
 
-def write(c: Config, p, params, prompt: str, n: int, temperature: float, top_k: int) -> str:
+def write(c: Config, p, params, prompt, n: int, samples=1, temperature=0.8, top_k=50) -> list[str]:
     """The prompt and n tokens that the model puts behind it; one shape, so compiled once."""
     rng, ids = np.random.default_rng(c.seed), data_fineweb.encode(prompt.encode(), c.vocab)
     ids = [c.bos, *ids]
-    tokens, stop = np.zeros((1, -(-(len(ids) + n) // 128) * 128), np.int32), len(ids) + n
-    tokens[0, : len(ids)] = ids
+    tokens, stop = np.zeros((samples, -(-(len(ids) + n) // 128) * 128), np.int32), len(ids) + n
+    tokens[:, : len(ids)] = ids
     for i in range(len(ids), stop):
         z = np.array(p.logits(params, tokens, i - 1)) / temperature
-        z[np.argsort(z)[:-top_k]] = -np.inf
-        tokens[0, i] = np.argmax(z + rng.gumbel(size=len(z)))
-    return data_fineweb.decode(tokens[0, :stop].tolist(), c.vocab)
+        z[z < np.sort(z)[:, -top_k, None]] = -np.inf
+        tokens[:, i] = np.argmax(z + rng.gumbel(size=z.shape), 1)
+    return [data_fineweb.decode(row, c.vocab) for row in tokens[:, :stop].tolist()]
+
+
+def opened(keys: dict):
+    """Config, mesh, program, parameters and step of --run's newest checkpoint."""
+    run = Path("runs", keys.get("run", ""))
+    if not (was := configured(run)):
+        there = ", ".join(sorted(path.name for path in Path("runs").glob("*"))) or "none yet"
+        raise InputError(f"--run={keys.get('run', '')}: no such run; there are {there}")
+    c = Config(**was | keys)
+    start(c)
+    mesh = sharding.make_mesh(c.mesh)
+    p = program(c, mesh)
+    state, meta = restore(checkpoints(run), p.like)
+    if not state:
+        raise InputError(f"{run} has no checkpoint yet")
+    return c, mesh, p, state["params"], meta["step"]
+
+
+def sample(keys: dict):
+    """Text from a checkpoint."""
+    own = {"prompt": "\n", "tokens": 256, "samples": 1, "temperature": 0.8, "top_k": 50}
+    prompt, *rest = (typed(name, keys.pop(name, own[name]), own[name]) for name in own)
+    c, _, p, params, _ = opened(keys)
+    began = time.perf_counter()
+    print(*write(c, p, params, prompt, *rest), sep="\n" + "-" * 100 + "\n")
+    print(f"{rest[0] * rest[1] / (time.perf_counter() - began):.1f} tokens/s, compiling included")
+
+
+def evaluate(keys: dict):
+    """The validation loss of a checkpoint, as it is in its log."""
+    c, mesh, p, params, step = opened(keys)
+    val = held_out(c, mesh, data_fineweb.open_corpus(c.data, c.vocab, c.bos))
+    view = len(c.schedule()) if step == c.steps else c.stage(step)
+    print(f"step:{step}/{c.steps} val_loss:{float(p.evaluate(params, val, view)):.4f}")
+
+
+def told():
+    """A function of the step: did any process get SIGTERM or SIGINT? The second stops at once."""
+    heard, several = [], jax.process_count() > 1
+
+    def hear(number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        heard.append(number)
+        if several:  # JAX's own service listens to SIGTERM, and tells the others
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for number in (signal.SIGINT, signal.SIGTERM)[: 1 if several else 2]:
+        signal.signal(number, hear)
+    return multihost_utils.reached_preemption_sync_point if several else lambda step: bool(heard)
 
 
 def main(argv: list[str]):
@@ -401,13 +500,21 @@ def main(argv: list[str]):
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     if {"-h", "--help"} & {command, *argv}:
         return print(__doc__)
-    run = choose("command", command, {"train": train})
+    commands = {"train": train, "sample": sample, "eval": evaluate}
+    if not (
+        run := choose("command", command, commands | dict.fromkeys(["record", "plan", "bench"]))
+    ):
+        os.execv(sys.executable, [sys.executable, str(HERE / "tests" / f"{command}.py"), *argv])
     words = (word.removeprefix("--").partition("=") for word in argv)
     keys = {name: value if given else "true" for name, given, value in words}
+    if run is not train:
+        return run(keys)
     if "preset" not in keys:
         keys["preset"] = "speedrun" if accelerator() else "smoke"
         print(f"preset {keys['preset']}, as this machine has {accelerator() or 'no GPU or TPU'}")
-    run(Config(**keys))
+    c = Config(**keys)
+    start(c)
+    train(c, told())
 
 
 if __name__ == "__main__":
