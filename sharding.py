@@ -5,7 +5,8 @@ import os
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 # Logical axis of an array -> mesh axes that split it; an axis that is not named here is whole.
 RULES = {
@@ -14,9 +15,10 @@ RULES = {
     "table": ("fsdp", "tensor"),
     "matrices": ("data", "fsdp", "tensor"),  # Muon: each device orthogonalises its own
 } | dict.fromkeys(["vocab", "heads", "ffn"], ("tensor",))  # Megatron (arXiv:1909.08053)
-
-
 ROWS = RULES["rows"]
+# How `by_rows` cuts an array with these logical axes, and how many parts such an axis has.
+part = lambda axes=(): P(*(tuple(n for n in RULES.get(a, ()) if n in ROWS) or None for a in axes))
+ways = lambda mesh, axis: int(np.prod([mesh.shape[name] for name in RULES.get(axis, ())]))
 
 
 class InputError(ValueError):
@@ -24,17 +26,17 @@ class InputError(ValueError):
 
 
 def start_processes():
-    """Joins the processes of a job, where there are several: torchrun's variables are known here,
-    those of SLURM, Open MPI, Kubernetes and Cloud TPU pods to `jax.distributed`.
+    """Joins the processes of a job, if there are several: by torchrun's variables, else by what
+    `jax.distributed` knows of SLURM, Open MPI, Kubernetes and Cloud TPU pods.
     """
     env, counts = os.environ, ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETIONS")
     if (n := int(env.get("WORLD_SIZE", 1))) > 1:
         address = f"{env['MASTER_ADDR']}:{int(env['MASTER_PORT']) + 1}"  # MASTER_PORT is torchrun's
         mine = [int(env["LOCAL_RANK"])] if jax.config.jax_platforms != "cpu" else None
         jax.distributed.initialize(address, n, int(env["RANK"]), mine)
-    elif max(int(env.get(name) or 1) for name in counts) > 1:
-        jax.distributed.initialize()
-    elif "," in env.get("TPU_WORKER_HOSTNAMES", ""):
+    elif any(int(env.get(k) or 1) > 1 for k in counts) or "," in env.get(
+        "TPU_WORKER_HOSTNAMES", ""
+    ):
         jax.distributed.initialize()
 
 
@@ -52,30 +54,27 @@ def make_mesh(layout: str, devices=None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices[:n])
 
 
-def ways(mesh: Mesh, axis) -> int:  # how many parts a logical axis is cut into
-    return int(np.prod([mesh.shape[name] for name in RULES.get(axis, ())]))
-
-
 def placed(mesh: Mesh, axes, shape=(), name: str = "") -> NamedSharding:
     """Where such an array lives. Raises InputError for a shape that cannot be cut evenly."""
     for size, axis in zip(shape, axes):
         if size % (n := ways(mesh, axis)):
             raise InputError(f"{name}: {axis} of {size} cannot be split {n} ways by --mesh")
-    return NamedSharding(mesh, PartitionSpec(*(RULES.get(axis) for axis in axes)))
+    return NamedSharding(mesh, P(*(RULES.get(axis) for axis in axes)))
 
 
 def by_rows(mesh: Mesh, f, ins, outs):
-    """f, written for the rows of one device, on whole arrays; ins and outs are specs from `part`.
-    Inside, `data` and `fsdp` are ours: reduce-scatter and Pallas need that. `tensor` is XLA's.
+    """f, written for the rows of one device, on whole arrays; ins and outs are from `part`. Inside,
+    `data` and `fsdp` are ours, as reduce-scatter and Pallas need it; `tensor` is XLA's.
     """
     options = {"axis_names": set(ROWS), "check_vma": False}
     return jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=outs, **options)
 
 
-def part(axes=()) -> PartitionSpec:
-    """How `by_rows` cuts an array with these logical axes."""
-    kept = [[name for name in RULES.get(axis, ()) if name in ROWS] for axis in axes]
-    return PartitionSpec(*(tuple(names) or None for names in kept))
+def by_heads(f, heads: int):
+    """f of three (B, H, T, K) and a (B, T), within `by_rows`, split over `tensor` if that fits."""
+    fits = heads % jax.sharding.get_abstract_mesh().shape["tensor"] == 0
+    at, options = P(None, "tensor" if fits else None), {"axis_names": {"tensor"}}
+    return jax.shard_map(f, in_specs=(at, at, at, P()), out_specs=at, check_vma=False, **options)
 
 
 def gathered(w, axes):
@@ -85,7 +84,7 @@ def gathered(w, axes):
     return w
 
 
-def summed(g, axes):
+def summed(g, axes=()):
     """A gradient, or a loss, of this device's rows summed over all rows."""
     split = {name for axis in axes for name in RULES.get(axis, ())}
     return lax.psum(g, [name for name in ROWS if name not in split])
@@ -93,28 +92,13 @@ def summed(g, axes):
 
 def lookup(table, ids_BT, dtype):
     """Rows (B, T, D) of a table (V, D) with split columns: ids travel, and what was found, so that
-    no device holds a whole table or its gradient.
+    no device holds a whole table or its gradient. A product with the identity puts the columns side
+    by side: TPUs are slow at moving them.
     """
     found = table[lax.all_gather(ids_BT, "fsdp")].astype(dtype)  # (fsdp, B, T, D / fsdp)
-    parts = lax.all_to_all(found, "fsdp", 0, 0)
-    # Side by side by a product with the identity: TPUs are slow at moving columns otherwise.
-    where = np.eye(len(parts) * parts.shape[-1], dtype=dtype).reshape(
-        len(parts), parts.shape[-1], -1
-    )
-    return jax.numpy.einsum("pbtc,pcd->btd", parts, where)
-
-
-def by_heads(f, heads: int):
-    """f of arrays (B, H, T, K) and ids (B, T), within `by_rows`, where they are, if `tensor` fits."""
-    fits = heads % jax.sharding.get_abstract_mesh().shape["tensor"] == 0
-    at = PartitionSpec(None, "tensor" if fits else None)
-    options = {"axis_names": {"tensor"}, "check_vma": False}
-    return jax.shard_map(f, in_specs=(at, at, at, PartitionSpec()), out_specs=at, **options)
-
-
-def accumulation(n: int, device_rows: int) -> int:
-    """In how many parts a device takes its n rows, each at most device_rows at once."""
-    return next((k for k in range(1, n) if n % k == 0 and n // k <= device_rows), n)
+    n, width = len(found), found.shape[-1]
+    where = np.eye(n * width, dtype=dtype).reshape(n, width, -1)
+    return jax.numpy.einsum("pbtc,pcd->btd", lax.all_to_all(found, "fsdp", 0, 0), where)
 
 
 def spread(mesh: Mesh, stack):

@@ -1,14 +1,11 @@
 """NanoGPT speedrun in JAX: trains record #77's recipe to 3.28 validation loss on FineWeb.
 
-python train_gpt.py [COMMAND] [--key=value ...] (./launch does the same, and sets up Python)
+python train_gpt.py [COMMAND] [--key=value ...]; ./launch does the same, and sets up Python.
 
-train     the default; keys are the fields of Config, as in --preset=smoke --steps=100; without a
-          preset it is speedrun where there is a GPU or TPU, else smoke, on the CPU
-sample    text of --run=NAME [--prompt=TEXT --tokens=N --samples=N --temperature=X --top_k=N]
-eval      the validation loss of --run=NAME
-record    --name=NAME --runs=N and keys of train: N seeds, and what a submission needs
-plan      --topology=v6e:2x4 and keys of train: memory and time on a TPU slice that is not here
-bench     keys of train: compile and step time, tokens/s, memory
+train   the default: keys are the fields of Config, as in --preset=smoke --steps=100; the preset is
+        speedrun where there is a GPU or TPU, else smoke, on the CPU
+sample  text: --run=NAME [--prompt=TEXT --tokens=N --samples=N --temperature=X --top_k=N]
+eval    --run=NAME, record --name=NAME --runs=N, plan --topology=v6e:2x4, bench: see tests/*.py
 """
 
 import dataclasses
@@ -18,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -140,6 +138,10 @@ def typed(name: str, value, default):  # `value`, perhaps text, in the type of t
         raise InputError(f"--{name}={value}: expected {kind.__name__}, like {default}") from None
 
 
+def turns(c: Config, n: int) -> int:  # that a device takes for its n rows, device_rows at once
+    return next((k for k in range(1, n) if n % k == 0 and n // k <= c.device_rows), n)
+
+
 def program(c: Config, mesh) -> SimpleNamespace:
     """The functions of a config on a mesh, and `like`, its state as shapes and places."""
     table, schedule = model.param_table(c), c.schedule()
@@ -178,25 +180,22 @@ def program(c: Config, mesh) -> SimpleNamespace:
         cast = {n: w.astype(dtype) if "embed" in axes[n] else w for n, w in params.items()}
         return {n: sharding.gathered(w, axes[n]) for n, w in cast.items()}
 
-    def micro(rows):  # (n, T) as (accumulation, n / accumulation, T)
-        return rows.reshape(sharding.accumulation(len(rows), c.device_rows), -1, rows.shape[1])
-
     def gradients(params, rows, step, stage):  # -> loss per token, gradients
         start, end, s = schedule[stage]
         weights = np.array(s.mtp) + (np.array(s.mtp_end) - s.mtp) * (step - start) / (end - start)
 
         def local(params, rows, weights):
-            (w, pull), rows = jax.vjp(use, params), micro(rows)
+            (w, pull), each = jax.vjp(use, params), turns(c, len(rows))
             some = lambda rows: jax.value_and_grad(model.loss)(w, rows, c, views[stage], weights)
-            if len(rows) == 1:  # a loop of one turn would cost XLA a copy of the loop over the head
-                loss, grads = some(rows[0])
+            add = lambda sums, rows: (jax.tree.map(jnp.add, sums, some(rows)), None)
+            if each == 1:  # a loop of one turn would cost XLA a copy of the loop over the head
+                loss, grads = some(rows)
             else:
-                add = lambda sums, rows: (jax.tree.map(jnp.add, sums, some(rows)), None)
                 zeros = jnp.zeros(()), {n: jnp.zeros(x.shape) for n, x in w.items()}
+                rows = rows.reshape(each, -1, rows.shape[1])
                 (loss, grads), _ = jax.lax.scan(add, zeros, rows)
             (grads,) = pull({n: (g / c.rows).astype(w[n].dtype) for n, g in grads.items()})
-            grads = {n: sharding.summed(g, axes[n]) for n, g in grads.items()}
-            return sharding.summed(loss, ()), grads
+            return sharding.summed(loss), {n: sharding.summed(g, axes[n]) for n, g in grads.items()}
 
         f = sharding.by_rows(mesh, local, (parts, rows_at, whole), (whole, parts))
         loss, grads = f(params, rows, weights)
@@ -214,13 +213,11 @@ def program(c: Config, mesh) -> SimpleNamespace:
 
     def evaluate(params, rows, view):  # -> loss per token
         def local(params, rows):
-            w, one = use(params), jnp.ones(1)
-            losses = jax.lax.map(lambda row: model.loss(w, row[None], c, views[view], one), rows)
-            return sharding.summed(losses.sum(), ())
+            loss = partial(model.loss, use(params), c=c, view=views[view], weights=jnp.ones(1))
+            return sharding.summed(jax.lax.map(lambda row: loss(row[None]), rows).sum())
 
-        return (
-            sharding.by_rows(mesh, local, (parts, rows_at), whole)(params, rows) / rows[:, 1:].size
-        )
+        f = sharding.by_rows(mesh, local, (parts, rows_at), whole)
+        return f(params, rows) / rows[:, 1:].size
 
     def logits(params, tokens, i):
         local = lambda params, *args: model.logits_after(use(params), *args, c, views[-1])
@@ -233,56 +230,49 @@ def program(c: Config, mesh) -> SimpleNamespace:
 
     like = jax.tree_util.tree_map_with_path(place, jax.eval_shape(init, 0))
     state_at = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return SimpleNamespace(
-        like=like,
-        init=jax.jit(init, out_shardings=state_at),
-        gradients=jax.jit(gradients, static_argnums=3, out_shardings=(None, at)),
-        update=jax.jit(update, donate_argnums=0, out_shardings=(state_at, None)),
-        evaluate=jax.jit(evaluate, static_argnums=2),
-        logits=jax.jit(logits),
-    )
+    jits = {"init": jax.jit(init, out_shardings=state_at), "logits": jax.jit(logits)}
+    jits["gradients"] = jax.jit(gradients, static_argnums=3, out_shardings=(None, at))
+    jits["update"] = jax.jit(update, donate_argnums=(0, 1), out_shardings=(state_at, None))
+    return SimpleNamespace(like=like, evaluate=jax.jit(evaluate, static_argnums=2), **jits)
 
 
 class Journal:
-    """The console, log.txt, metrics.csv and TensorBoard of a run, all by process 0."""
+    """The console, log.txt, metrics.csv and TensorBoard of a run."""
 
     def __init__(self, run: Path, c: Config, meta: dict):
-        self.c, self.log, self.csv = c, run / "log.txt", run / "metrics.csv"
-        self.silent, config = jax.process_index() > 0, json.dumps(dataclasses.asdict(c))
-        if self.silent:
-            return
+        self.c, self.first = c, jax.process_index() == 0
+        run = run if self.first else Path(tempfile.mkdtemp())  # where nobody looks
+        self.log, self.csv, config = run / "log.txt", run / "metrics.csv", dataclasses.asdict(c)
         self.board = EventFileWriter(str(run / "tensorboard"), flush_secs=5)
-        if meta["step"]:  # drops what the interrupted run had written after its checkpoint
+        if meta["step"] and self.first:  # drops what was written after the checkpoint
             os.truncate(self.log, meta["log"])
             os.truncate(self.csv, meta["csv"])
             self.event(meta["step"], session_log=event_pb2.SessionLog(status=1))
         else:
             source, chips = "".join((HERE / name).read_text() for name in SOURCES), jax.devices()
-            setup = f"Python {sys.version}, JAX {jax.__version__}"
-            setup += f", {len(chips)} {chips[0].device_kind}\nconfig {config}"
-            self.log.write_text(f"{source}{'=' * 100}\n{setup}\n{'=' * 100}\n")
+            setup = (
+                f"Python {sys.version}, JAX {jax.__version__}, {len(chips)} {chips[0].device_kind}"
+            )
+            rule, config = "=" * 100, f"config {json.dumps(config)}"
+            self.log.write_text("\n".join([source + rule, setup, config, rule, ""]))
             self.csv.write_text("step,train_time_ms,name,value\n")
-        self.event(meta["step"], summary=text_pb("config", config))
 
     def event(self, step: int, **what):
-        if not self.silent:
-            self.board.add_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
+        self.board.add_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
 
     def say(self, line: str, show: bool = True):
-        if not self.silent:
-            with self.log.open("a") as log:
-                log.write(line + "\n")
-            if show:
-                print(line, flush=True)
+        with self.log.open("a") as log:
+            log.write(line + "\n")
+        if show and self.first:
+            print(line, flush=True)
 
     def scalar(self, step: int, seconds: float, name: str, value: float, show: bool = True):
         ms, at = 1000 * seconds, step - (name != "val_loss")  # the step whose batch it was
         if name.endswith("loss"):
             times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
             self.say(f"step:{step}/{self.c.steps} {name}:{value:.4f} {times}", show)
-        if not self.silent:
-            with self.csv.open("a") as csv:
-                csv.write(f"{step},{ms:.0f},{name},{value}\n")
+        with self.csv.open("a") as csv:
+            csv.write(f"{step},{ms:.0f},{name},{value}\n")
         scalar = summary_pb2.Summary.Value(tag=name, simple_value=value)
         self.event(at, summary=summary_pb2.Summary(value=[scalar]))
 
@@ -311,37 +301,29 @@ def start(c: Config):
 Result = namedtuple("Result", "val_loss train_time run_dir")  # nats, seconds, Path
 
 
-def checkpoints(run: Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    return ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
-
-
-def restore(manager, like):
-    """(state, meta) of the newest checkpoint that can be read, laid out as `like`; or None, {}."""
-    both = {"state": ocp.args.StandardRestore(like), "meta": ocp.args.JsonRestore()}
+def opened(c: Config, run: Path):
+    """Mesh, program, checkpoints of a run, and of the newest that can be read (state, meta)."""
+    mesh = sharding.make_mesh(c.mesh)
+    p, options = program(c, mesh), ocp.CheckpointManagerOptions(max_to_keep=2)
+    manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
+    both = {"state": ocp.args.StandardRestore(p.like), "meta": ocp.args.JsonRestore()}
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
         try:
             got = manager.restore(step, args=ocp.args.Composite(**both))
-            return got["state"], got["meta"]
+            return mesh, p, manager, got["state"], got["meta"]
         except Exception as error:  # whatever it is that the library stumbles over
             print(f"warning: checkpoint {step} cannot be read, passed over: {error!s:.200}")
             manager.delete(step)
     if steps:
-        raise InputError(f"no checkpoint in {manager.directory} can be read: choose another --run")
-    return None, {"step": 0, "train_time": 0.0}
+        raise InputError(f"{run}: no checkpoint can be read: choose another --run")
+    return mesh, p, manager, None, {"step": 0, "train_time": 0.0}
 
 
-def configured(run: Path) -> dict:
-    """The config of a run, from its log; {} where there is none."""
+def configured(run: Path) -> dict:  # the config of a run, from its log, or nothing
     log = (run / "log.txt").read_text() if (run / "log.txt").exists() else ""
     found = re.search(r"^config (.*)$", log, re.MULTILINE)
     return json.loads(found[1]) if found else {}
-
-
-def held_out(c: Config, mesh, corpus) -> jax.Array:
-    rows = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
-    return sharding.global_rows(mesh, len(rows), lambda first, n: rows[first : first + n])
 
 
 def train(c: Config, stop=lambda step: False) -> Result:
@@ -362,19 +344,17 @@ def train(c: Config, stop=lambda step: False) -> Result:
     if done := was and re.search(final, (run / "log.txt").read_text(), re.MULTILINE):
         print(done[0])
         return Result(float(done[1]), int(done[2]) / 1000, run)
-    mesh = sharding.make_mesh(c.mesh)
-    p, schedule, n = program(c, mesh), c.schedule(), sharding.ways(mesh, "rows")
-    corpus = data_fineweb.open_corpus(c.data, c.vocab, c.bos)
+    schedule, corpus = c.schedule(), data_fineweb.open_corpus(c.data, c.vocab, c.bos)
     stages = [schedule[c.stage(step)][2] for step in range(c.steps)]
     plan = data_fineweb.plan(corpus, [(s.tokens // c.rows, s.max_doc, c.rows) for s in stages])
-    val = held_out(c, mesh, corpus)
+    held_out = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
+    mesh, p, manager, state, meta = opened(c, run)
+    val = sharding.global_rows(mesh, len(held_out), lambda first, n: held_out[first : first + n])
     reads = [partial(data_fineweb.batch, rows) for rows in plan]
     batch = lambda step: sharding.global_rows(mesh, c.rows, reads[min(step, c.steps - 1)])
-    run.mkdir(parents=True, exist_ok=True)
-    manager = checkpoints(run)
-    state, meta = restore(manager, p.like)
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
-    steps = sharding.accumulation(c.rows // n, c.device_rows)
+    n = sharding.ways(mesh, "rows")
+    steps = turns(c, c.rows // n)
     for tokens in dict.fromkeys(s.tokens for s in stages):
         rows = f"{tokens} tokens/step = {c.rows} rows x {tokens // c.rows}"
         journal.say(f"{rows} = {n} devices x {c.rows // n // steps} row x {steps} accumulation")
@@ -446,53 +426,36 @@ def write(c: Config, p, params, prompt, n: int, samples=1, temperature=0.8, top_
     return [data_fineweb.decode(row, c.vocab) for row in tokens[:, :stop].tolist()]
 
 
-def opened(keys: dict):
-    """Config, mesh, program, parameters and step of --run's newest checkpoint."""
+def saved(keys: dict):
+    """Config of --run, then what `opened` returns. Raises InputError."""
     run = Path("runs", keys.get("run", ""))
     if not (was := configured(run)):
-        there = ", ".join(sorted(path.name for path in Path("runs").glob("*"))) or "none yet"
+        there = ", ".join(path.name for path in Path("runs").glob("*")) or "none yet"
         raise InputError(f"--run={keys.get('run', '')}: no such run; there are {there}")
-    c = Config(**was | keys)
-    start(c)
-    mesh = sharding.make_mesh(c.mesh)
-    p = program(c, mesh)
-    state, meta = restore(checkpoints(run), p.like)
-    if not state:
+    start(c := Config(**was | keys))
+    if not (found := opened(c, run))[-1]["step"]:
         raise InputError(f"{run} has no checkpoint yet")
-    return c, mesh, p, state["params"], meta["step"]
+    return c, *found
 
 
 def sample(keys: dict):
-    """Text from a checkpoint."""
+    """Prints texts from a checkpoint."""
     own = {"prompt": "\n", "tokens": 256, "samples": 1, "temperature": 0.8, "top_k": 50}
     prompt, *rest = (typed(name, keys.pop(name, own[name]), own[name]) for name in own)
-    c, _, p, params, _ = opened(keys)
+    c, _, p, _, state, _ = saved(keys)
     began = time.perf_counter()
-    print(*write(c, p, params, prompt, *rest), sep="\n" + "-" * 100 + "\n")
+    print(*write(c, p, state["params"], prompt, *rest), sep="\n" + "-" * 100 + "\n")
     print(f"{rest[0] * rest[1] / (time.perf_counter() - began):.1f} tokens/s, compiling included")
 
 
-def evaluate(keys: dict):
-    """The validation loss of a checkpoint, as it is in its log."""
-    c, mesh, p, params, step = opened(keys)
-    val = held_out(c, mesh, data_fineweb.open_corpus(c.data, c.vocab, c.bos))
-    view = len(c.schedule()) if step == c.steps else c.stage(step)
-    print(f"step:{step}/{c.steps} val_loss:{float(p.evaluate(params, val, view)):.4f}")
-
-
 def told():
-    """A function of the step: did any process get SIGTERM or SIGINT? The second stops at once."""
-    heard, several = [], jax.process_count() > 1
-
-    def hear(number, frame):
-        signal.signal(number, signal.SIG_DFL)
-        heard.append(number)
-        if several:  # JAX's own service listens to SIGTERM, and tells the others
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    for number in (signal.SIGINT, signal.SIGTERM)[: 1 if several else 2]:
-        signal.signal(number, hear)
-    return multihost_utils.reached_preemption_sync_point if several else lambda step: bool(heard)
+    """A function of the step: did a process get SIGTERM, or SIGINT? The second stops at once."""
+    if jax.process_count() > 1:  # JAX's own service listens, and tells the others
+        return multihost_utils.reached_preemption_sync_point
+    heard = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: heard.append(signal.signal(n, signal.SIG_DFL)))
+    return lambda step: bool(heard)
 
 
 def main(argv: list[str]):
@@ -500,20 +463,18 @@ def main(argv: list[str]):
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     if {"-h", "--help"} & {command, *argv}:
         return print(__doc__)
-    commands = {"train": train, "sample": sample, "eval": evaluate}
-    if not (
-        run := choose("command", command, commands | dict.fromkeys(["record", "plan", "bench"]))
-    ):
-        os.execv(sys.executable, [sys.executable, str(HERE / "tests" / f"{command}.py"), *argv])
+    tools = dict.fromkeys(["eval", "record", "plan", "bench"])
+    choose("command", command, {"train": train, "sample": sample} | tools)
+    if command in tools:
+        os.execv(sys.executable, [sys.executable, str(HERE / f"tests/{command}.py"), *argv])
     words = (word.removeprefix("--").partition("=") for word in argv)
     keys = {name: value if given else "true" for name, given, value in words}
-    if run is not train:
-        return run(keys)
+    if command == "sample":
+        return sample(keys)
     if "preset" not in keys:
         keys["preset"] = "speedrun" if accelerator() else "smoke"
         print(f"preset {keys['preset']}, as this machine has {accelerator() or 'no GPU or TPU'}")
-    c = Config(**keys)
-    start(c)
+    start(c := Config(**keys))
     train(c, told())
 
 
