@@ -88,14 +88,14 @@ def norm(x):  # RMSNorm without weights, in float32
     return (x * lax.rsqrt(square + 1.1920929e-07)).astype(x.dtype)
 
 
-# Sum of scalar * array, in float32, rounded once; x (..., T, D) of the token before, across documents.
+# Sum of scalar * array, in float32, rounded once; x (..., T, D) of the token before.
 mix = lambda *terms: sum(a * x.astype(jnp.float32) for a, x in terms).astype(terms[0][1].dtype)
 shift = lambda x: jnp.concatenate([x[..., :1, :], x[..., :-1, :]], -2)
 
 
 def rotary(x, theta, row):
-    """Turns the halves of heads (B, H, T, K) by theta (P, T, K/2), head h by theta[row[h]]; in bf16
-    tables, as in the record. The halves change places in a product: TPUs are slow at moving columns.
+    """Turns the halves of heads (B, H, T, K) by theta (P, T, K/2), head h by theta[row[h]]. They
+    change places in a product, as TPUs are slow at moving columns; tables in bf16 as in the record.
     """
     swap = np.roll(np.eye(x.shape[-1], dtype=x.dtype), x.shape[-1] // 2, 0)
     cos, sin = (table.astype(x.dtype)[row] for table in (jnp.cos(theta), jnp.sin(theta)))
@@ -109,8 +109,8 @@ def bigram_hash(tokens_BT, R: int):
 
 
 def attend(q, k, v, doc, window: int, P: int):
-    """Attention of (B, H, T, K) to the same document, `window` tokens back and never ahead. With P
-    of 2, heads 2 h and 2 h + 1 see each other's keys: tokens 2 t and 2 t + 1 of one row (record 58).
+    """Attention of (B, H, T, K) to the same document, `window` tokens back and never ahead. If P is
+    2, heads 2 h and 2 h + 1 are tokens 2 t and 2 t + 1 of one row (record 58).
     """
     (B, H, T, K), reach = q.shape, -(-window // P)
     block = math.gcd(T, 1 << max(5, min(9, (reach // 2).bit_length())))
@@ -168,18 +168,16 @@ def splash_kernel(H: int, T: int, window: int, P: int):
 def splash(q, k, v, doc, window: int, P: int):
     """What `attend` computes, on a TPU, where its kernel takes the sizes."""
     B, H, T, K = q.shape
-    if T % 128 or K % 128:
-        return attend(q, k, v, doc, window, P)
 
     def local(q, k, v, doc):
         rows = [x.reshape(B, -1, P * T, K) for x in (q, k, v)]
-        o = splash_kernel(rows[0].shape[1], T, window, P)(*rows, jnp.tile(doc, P))
-        return o.reshape(q.shape)
+        run = splash_kernel(rows[0].shape[1], T, window, P)
+        return run(*rows, jnp.tile(doc, P)).reshape(q.shape)
 
-    return sharding.by_heads(local, H // P)(q, k, v, doc)
-
-
-KERNELS = {"tpu": splash}  # platform -> what attends there, else `attend`
+    fits = T % 128 == K % 128 == 0
+    return (sharding.by_heads(local, H // P) if fits else partial(attend, window=window, P=P))(
+        q, k, v, doc
+    )
 
 
 def attention(y, ve, w, kind: str, view, doc):
@@ -194,7 +192,7 @@ def attention(y, ve, w, kind: str, view, doc):
         open = gate(y[..., :G] if P == 2 else both, "value_gate")
         v = mix((1, v), (2 * open, ve.reshape(B, T, -1, K).swapaxes(1, 2)))
     time = P * jnp.arange(T, dtype=jnp.float32)[:, None] + jnp.arange(P)[:, None, None]
-    # In pairs the record turns odd heads one further; it pairs h and h + H/2, here they are neighbours.
+    # In pairs the record turns odd heads one further; its pairs are h and h + H/2, ours neighbours.
     odd = np.arange(q.shape[1]).reshape(P, -1).T.ravel() % P if P == 2 else np.zeros(1, int)
     q, k = (rotary(norm(x), time * view.freqs, odd) for x in (q, k))
     if "l" in kind:  # dims that do not turn look one token back (record 49)

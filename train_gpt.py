@@ -1,11 +1,9 @@
 """NanoGPT speedrun in JAX: trains record #77's recipe to 3.28 validation loss on FineWeb.
 
-python train_gpt.py [COMMAND] [--key=value ...]; ./launch does the same, and sets up Python.
-
-train   the default: keys are the fields of Config, as in --preset=smoke --steps=100; the preset is
-        speedrun where there is a GPU or TPU, else smoke, on the CPU
-sample  text: --run=NAME [--prompt=TEXT --tokens=N --samples=N --temperature=X --top_k=N]
-eval    --run=NAME, record --name=NAME --runs=N, plan --topology=v6e:2x4, bench: see tests/*.py
+python train_gpt.py [train] [--key=value ...] (./launch does the same, and sets up Python). Keys are
+the fields of Config, as in --preset=smoke --steps=100 --mesh=data:2,fsdp:4; without a preset it is
+speedrun where there is a GPU or TPU, else smoke, on the CPU. Other commands, with their own keys:
+sample, eval, record, plan, bench (tests/COMMAND.py).
 """
 
 import dataclasses
@@ -30,9 +28,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary import Writer
 
 import data_fineweb
 import model
@@ -105,9 +101,9 @@ class Config:
 
     def __init__(self, **keys):  # values as text or typed
         values = {field.name: field.default for field in dataclasses.fields(Config)}
-        preset = choose("preset", keys.get("preset", "speedrun"), PRESETS)
+        preset = PRESETS[choose("preset", keys.get("preset", "speedrun"), PRESETS)]
         for name, value in [*(word.split("=") for word in preset.split()), *keys.items()]:
-            values[name] = typed(name, value, choose("key", name, values))
+            values[name] = typed(name, value, values[choose("key", name, values)])
         choose("stages", values["stages"], STAGES)
         self.__dict__.update(values)
 
@@ -123,9 +119,9 @@ class Config:
 FREE = {"mesh", "device_rows", "val_every", "save_every", "run", "resume", "device", "cpu_devices"}
 
 
-def choose(what: str, name: str, table: dict):
+def choose(what: str, name: str, table):
     if name in table:
-        return table[name]
+        return name
     near = difflib.get_close_matches(name, table, 1, 0)[0]
     raise InputError(f"unknown {what} '{name}': did you mean '{near}'?")
 
@@ -185,15 +181,13 @@ def program(c: Config, mesh) -> SimpleNamespace:
         weights = np.array(s.mtp) + (np.array(s.mtp_end) - s.mtp) * (step - start) / (end - start)
 
         def local(params, rows, weights):
-            (w, pull), each = jax.vjp(use, params), turns(c, len(rows))
+            w, pull = jax.vjp(use, params)
             some = lambda rows: jax.value_and_grad(model.loss)(w, rows, c, views[stage], weights)
             add = lambda sums, rows: (jax.tree.map(jnp.add, sums, some(rows)), None)
-            if each == 1:  # a loop of one turn would cost XLA a copy of the loop over the head
-                loss, grads = some(rows)
-            else:
-                zeros = jnp.zeros(()), {n: jnp.zeros(x.shape) for n, x in w.items()}
-                rows = rows.reshape(each, -1, rows.shape[1])
-                (loss, grads), _ = jax.lax.scan(add, zeros, rows)
+            zeros = jnp.zeros(()), {n: jnp.zeros(x.shape) for n, x in w.items()}
+            rows = rows.reshape(turns(c, len(rows)), -1, rows.shape[1])
+            # Unrolled if it is one turn: XLA would make two of the loop, and of all that is in it.
+            (loss, grads), _ = jax.lax.scan(add, zeros, rows, unroll=len(rows) == 1)
             (grads,) = pull({n: (g / c.rows).astype(w[n].dtype) for n, g in grads.items()})
             return sharding.summed(loss), {n: sharding.summed(g, axes[n]) for n, g in grads.items()}
 
@@ -242,23 +236,22 @@ class Journal:
     def __init__(self, run: Path, c: Config, meta: dict):
         self.c, self.first = c, jax.process_index() == 0
         run = run if self.first else Path(tempfile.mkdtemp())  # where nobody looks
-        self.log, self.csv, config = run / "log.txt", run / "metrics.csv", dataclasses.asdict(c)
-        self.board = EventFileWriter(str(run / "tensorboard"), flush_secs=5)
+        self.log, self.csv, self.board = (
+            run / "log.txt",
+            run / "metrics.csv",
+            Writer(f"{run}/tensorboard"),
+        )
         if meta["step"] and self.first:  # drops what was written after the checkpoint
             os.truncate(self.log, meta["log"])
             os.truncate(self.csv, meta["csv"])
-            self.event(meta["step"], session_log=event_pb2.SessionLog(status=1))
         else:
             source, chips = "".join((HERE / name).read_text() for name in SOURCES), jax.devices()
             setup = (
                 f"Python {sys.version}, JAX {jax.__version__}, {len(chips)} {chips[0].device_kind}"
             )
-            rule, config = "=" * 100, f"config {json.dumps(config)}"
+            rule, config = "=" * 100, f"config {json.dumps(dataclasses.asdict(c))}"
             self.log.write_text("\n".join([source + rule, setup, config, rule, ""]))
             self.csv.write_text("step,train_time_ms,name,value\n")
-
-    def event(self, step: int, **what):
-        self.board.add_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
 
     def say(self, line: str, show: bool = True):
         with self.log.open("a") as log:
@@ -267,14 +260,13 @@ class Journal:
             print(line, flush=True)
 
     def scalar(self, step: int, seconds: float, name: str, value: float, show: bool = True):
-        ms, at = 1000 * seconds, step - (name != "val_loss")  # the step whose batch it was
+        ms = 1000 * seconds
         if name.endswith("loss"):
             times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
             self.say(f"step:{step}/{self.c.steps} {name}:{value:.4f} {times}", show)
         with self.csv.open("a") as csv:
             csv.write(f"{step},{ms:.0f},{name},{value}\n")
-        scalar = summary_pb2.Summary.Value(tag=name, simple_value=value)
-        self.event(at, summary=summary_pb2.Summary(value=[scalar]))
+        self.board.add_scalar(name, value, step)
 
 
 def accelerator() -> str:  # what this machine has, whatever JAX can use of it
@@ -407,8 +399,8 @@ def train(c: Config, stop=lambda step: False) -> Result:
             pending = pending and note(*pending)  # one step late, so the device never waits
             pending = step + 1, loss, norm
     manager.wait_until_finished()
+    journal.board.close()
     (text,) = write(c, p, state["params"], "\n", 256)
-    journal.event(c.steps, summary=text_pb("sample", text))
     journal.say(f"sample of {run}:\n{text}")
     return Result(val_loss, spent, run)
 
@@ -426,28 +418,6 @@ def write(c: Config, p, params, prompt, n: int, samples=1, temperature=0.8, top_
     return [data_fineweb.decode(row, c.vocab) for row in tokens[:, :stop].tolist()]
 
 
-def saved(keys: dict):
-    """Config of --run, then what `opened` returns. Raises InputError."""
-    run = Path("runs", keys.get("run", ""))
-    if not (was := configured(run)):
-        there = ", ".join(path.name for path in Path("runs").glob("*")) or "none yet"
-        raise InputError(f"--run={keys.get('run', '')}: no such run; there are {there}")
-    start(c := Config(**was | keys))
-    if not (found := opened(c, run))[-1]["step"]:
-        raise InputError(f"{run} has no checkpoint yet")
-    return c, *found
-
-
-def sample(keys: dict):
-    """Prints texts from a checkpoint."""
-    own = {"prompt": "\n", "tokens": 256, "samples": 1, "temperature": 0.8, "top_k": 50}
-    prompt, *rest = (typed(name, keys.pop(name, own[name]), own[name]) for name in own)
-    c, _, p, _, state, _ = saved(keys)
-    began = time.perf_counter()
-    print(*write(c, p, state["params"], prompt, *rest), sep="\n" + "-" * 100 + "\n")
-    print(f"{rest[0] * rest[1] / (time.perf_counter() - began):.1f} tokens/s, compiling included")
-
-
 def told():
     """A function of the step: did a process get SIGTERM, or SIGINT? The second stops at once."""
     if jax.process_count() > 1:  # JAX's own service listens, and tells the others
@@ -463,14 +433,11 @@ def main(argv: list[str]):
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     if {"-h", "--help"} & {command, *argv}:
         return print(__doc__)
-    tools = dict.fromkeys(["eval", "record", "plan", "bench"])
-    choose("command", command, {"train": train, "sample": sample} | tools)
+    choose("command", command, ["train", *(tools := ["sample", "eval", "record", "plan", "bench"])])
     if command in tools:
         os.execv(sys.executable, [sys.executable, str(HERE / f"tests/{command}.py"), *argv])
     words = (word.removeprefix("--").partition("=") for word in argv)
     keys = {name: value if given else "true" for name, given, value in words}
-    if command == "sample":
-        return sample(keys)
     if "preset" not in keys:
         keys["preset"] = "speedrun" if accelerator() else "smoke"
         print(f"preset {keys['preset']}, as this machine has {accelerator() or 'no GPU or TPU'}")
