@@ -168,16 +168,15 @@ def splash_kernel(H: int, T: int, window: int, P: int):
 def splash(q, k, v, doc, window: int, P: int):
     """What `attend` computes, on a TPU, where its kernel takes the sizes."""
     B, H, T, K = q.shape
+    if T % 128 or K % 128:
+        return attend(q, k, v, doc, window, P)
 
     def local(q, k, v, doc):
         rows = [x.reshape(B, -1, P * T, K) for x in (q, k, v)]
         run = splash_kernel(rows[0].shape[1], T, window, P)
         return run(*rows, jnp.tile(doc, P)).reshape(q.shape)
 
-    fits = T % 128 == K % 128 == 0
-    return (sharding.by_heads(local, H // P) if fits else partial(attend, window=window, P=P))(
-        q, k, v, doc
-    )
+    return sharding.by_heads(local, H // P)(q, k, v, doc)
 
 
 def attention(y, ve, w, kind: str, view, doc):
@@ -240,10 +239,10 @@ def features(w, tokens_BT, c, view):
 cap = lambda x: jnp.tanh((x.astype(jnp.float32) + 5) / 15)
 
 
-def norm_scan(grad: bool, x, head, m):
-    """Sum of m log sum exp 11.5 cap(logits), x (B, T, D), head (V, D), m (B, T, 1) float32.
-    By chunks of tokens; with `grad` also the gradients by x and head, while their logits are there:
-    capped, so exp is safe as it is, and its sum is needed only after the products.
+def norm_scan(x, head, m):
+    """Sum of m log sum exp 11.5 cap(logits), x (B, T, D), head (V, D), m (B, T, 1) float32, and its
+    gradients by x and head, by chunks of tokens while their logits are there: capped, so exp is safe
+    as it is, and its sum is needed only after the products.
     """
     B, T, D = x.shape
     n = math.gcd(T, 1 << (2**27 // (B * len(head))).bit_length())
@@ -255,25 +254,18 @@ def norm_scan(grad: bool, x, head, m):
         e = jnp.exp(11.5 * t)
         norms = e.sum(-1, keepdims=True)
         loss = sums[0] + (m * jnp.log(norms)).sum()
-        if not grad:
-            return (loss, sums[1]), None
-        g, a = (e * (1 - t * t)).astype(x.dtype), 11.5 / 15 * m / norms
-        g = lax.optimization_barrier(g)  # for two products, made once
-        ax = (a * x).astype(x.dtype)
+        a, g = 11.5 / 15 * m / norms, (e * (1 - t * t)).astype(x.dtype)
+        g, ax = lax.optimization_barrier(g), (a * x).astype(x.dtype)  # g is made once, for two uses
         dhead = jnp.einsum("bnv,bnd->vd", g, ax, preferred_element_type=jnp.float32)
-        sums = loss, sums[1] + dhead
-        return lax.optimization_barrier(
-            (sums, (a * (g @ head)).astype(x.dtype))
-        )  # one loop, not two
+        return (loss, sums[1] + dhead), (a * (g @ head)).astype(x.dtype)
 
     chunks = [a.reshape(B, T // n, n, -1).swapaxes(0, 1) for a in (x, m)]
-    zeros = jnp.zeros(()), jnp.zeros(head.shape if grad else ())
-    (loss, dhead), dx = lax.scan(chunk, zeros, chunks)
-    return (loss, (dx.swapaxes(0, 1).reshape(B, T, D), dhead.astype(head.dtype))) if grad else loss
+    (loss, dhead), dx = lax.scan(chunk, (jnp.zeros(()), jnp.zeros(head.shape)), chunks)
+    return loss, (dx.swapaxes(0, 1).reshape(B, T, D), dhead.astype(head.dtype))
 
 
-log_norms = jax.custom_vjp(partial(norm_scan, False))
-log_norms.defvjp(partial(norm_scan, True), lambda d, g: (*(g.astype(x.dtype) * x for x in d), None))
+log_norms = jax.custom_vjp(lambda x, head, m: norm_scan(x, head, m)[0])
+log_norms.defvjp(norm_scan, lambda d, g: (*(g.astype(x.dtype) * x for x in d), None))
 
 
 def loss(w, rows, c, view, weights):
@@ -289,8 +281,3 @@ def loss(w, rows, c, view, weights):
         logit = jnp.einsum("btd,btd->bt", x, said, preferred_element_type=jnp.float32)
         total -= (m[k] * 11.5 * cap(logit.astype(x.dtype))[..., None]).sum()
     return total
-
-
-def logits_after(w, tokens, i, c, view):  # capped, (B, V) float32, of the word after token i
-    x = lax.dynamic_slice_in_dim(features(w, tokens, c, view), i, 1, 1)[:, 0]
-    return 11.5 + 11.5 * cap(x @ w["head"].T)

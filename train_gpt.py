@@ -144,7 +144,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
     at = {n: sharding.placed(mesh, row.axes, row.shape, n) for n, row in table.items()}
     longs, dtype = [s.long for *_, s in schedule], jnp.float32 if c.float32 else jnp.bfloat16
     yarns = [model.yarn(c.width // c.heads, longs[: i + 1]) for i in range(len(longs))]
-    kernel = model.KERNELS.get(mesh.devices.flat[0].platform, model.attend)
+    kernel = model.splash if mesh.devices.flat[0].platform == "tpu" else model.attend
     views = [model.View(s.short, s.long, *yarn, kernel) for (*_, s), yarn in zip(schedule, yarns)]
     views.append(views[-1]._replace(long=c.val_long))
     scheduled, untie = schedule[-2][1], schedule[1][1] | 1  # untied after an Adam step
@@ -213,10 +213,6 @@ def program(c: Config, mesh) -> SimpleNamespace:
         f = sharding.by_rows(mesh, local, (parts, rows_at), whole)
         return f(params, rows) / rows[:, 1:].size
 
-    def logits(params, tokens, i):
-        local = lambda params, *args: model.logits_after(use(params), *args, c, views[-1])
-        return sharding.by_rows(mesh, local, (parts, whole, whole), whole)(params, tokens, i)
-
     def place(path, leaf):  # by the name in the table; a dimension of 1 is not split
         axes = zip(table[path[-1].key].axes if path[-1].key in table else (), leaf.shape)
         at = sharding.placed(mesh, [axis if size > 1 else None for axis, size in axes])
@@ -224,7 +220,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
 
     like = jax.tree_util.tree_map_with_path(place, jax.eval_shape(init, 0))
     state_at = jax.tree.map(lambda leaf: leaf.sharding, like)
-    jits = {"init": jax.jit(init, out_shardings=state_at), "logits": jax.jit(logits)}
+    jits = {"init": jax.jit(init, out_shardings=state_at)}
     jits["gradients"] = jax.jit(gradients, static_argnums=3, out_shardings=(None, at))
     jits["update"] = jax.jit(update, donate_argnums=(0, 1), out_shardings=(state_at, None))
     return SimpleNamespace(like=like, evaluate=jax.jit(evaluate, static_argnums=2), **jits)
@@ -400,22 +396,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
             pending = step + 1, loss, norm
     manager.wait_until_finished()
     journal.board.close()
-    (text,) = write(c, p, state["params"], "\n", 256)
-    journal.say(f"sample of {run}:\n{text}")
     return Result(val_loss, spent, run)
-
-
-def write(c: Config, p, params, prompt, n: int, samples=1, temperature=0.8, top_k=50) -> list[str]:
-    """The prompt and n tokens that the model puts behind it; one shape, so compiled once."""
-    rng, ids = np.random.default_rng(c.seed), data_fineweb.encode(prompt.encode(), c.vocab)
-    ids = [c.bos, *ids]
-    tokens, stop = np.zeros((samples, -(-(len(ids) + n) // 128) * 128), np.int32), len(ids) + n
-    tokens[:, : len(ids)] = ids
-    for i in range(len(ids), stop):
-        z = np.array(p.logits(params, tokens, i - 1)) / temperature
-        z[z < np.sort(z)[:, -top_k, None]] = -np.inf
-        tokens[:, i] = np.argmax(z + rng.gumbel(size=z.shape), 1)
-    return [data_fineweb.decode(row, c.vocab) for row in tokens[:, :stop].tolist()]
 
 
 def told():
