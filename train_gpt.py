@@ -119,6 +119,9 @@ class Config:
 FREE = {"mesh", "device_rows", "val_every", "save_every", "run", "resume", "device", "cpu_devices"}
 
 
+COMMANDS = ("train", "sample", "eval", "record", "plan", "bench")  # all but the first: tests/*.py
+
+
 def choose(what: str, name: str, table):
     if name in table:
         return name
@@ -223,7 +226,9 @@ def program(c: Config, mesh) -> SimpleNamespace:
     jits = {"init": jax.jit(init, out_shardings=state_at)}
     jits["gradients"] = jax.jit(gradients, static_argnums=3, out_shardings=(None, at))
     jits["update"] = jax.jit(update, donate_argnums=(0, 1), out_shardings=(state_at, None))
-    return SimpleNamespace(like=like, evaluate=jax.jit(evaluate, static_argnums=2), **jits)
+    return SimpleNamespace(
+        like=like, views=views, evaluate=jax.jit(evaluate, static_argnums=2), **jits
+    )
 
 
 class Journal:
@@ -414,8 +419,7 @@ def main(argv: list[str]):
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     if {"-h", "--help"} & {command, *argv}:
         return print(__doc__)
-    choose("command", command, ["train", *(tools := ["sample", "eval", "record", "plan", "bench"])])
-    if command in tools:
+    if choose("command", command, COMMANDS) != "train":
         os.execv(sys.executable, [sys.executable, str(HERE / f"tests/{command}.py"), *argv])
     words = (word.removeprefix("--").partition("=") for word in argv)
     keys = {name: value if given else "true" for name, given, value in words}
@@ -423,15 +427,22 @@ def main(argv: list[str]):
         keys["preset"] = "speedrun" if accelerator() else "smoke"
         print(f"preset {keys['preset']}, as this machine has {accelerator() or 'no GPU or TPU'}")
     start(c := Config(**keys))
-    train(c, told())
+    run = train(c, told()).run_dir
+    if jax.process_count() == 1:
+        main(["sample", f"--run={run.name}", f"--device={c.device}"])
 
 
-if __name__ == "__main__":
+def guarded(f):
+    """Runs f; what the user can mend is one line and exit status 2."""
     try:
-        main(sys.argv[1:])
+        f()
     except (InputError, data_fineweb.DataError, OSError) as error:
         sys.exit(print(str(error).strip().splitlines()[0], file=sys.stderr) or 2)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         sys.exit(print("out of device memory: try a smaller --device_rows=N", file=sys.stderr) or 2)
+
+
+if __name__ == "__main__":
+    guarded(partial(main, sys.argv[1:]))

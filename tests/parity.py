@@ -169,7 +169,7 @@ def run(directory, mesh="", steps=None, report=print, **keys) -> dict:
     place = {k: x.sharding for k, x in p.like["params"].items()}
     names = [str(name) for name in want["param_names"]]
     init = ours({name: start[name] for name in start.files}, c)
-    state = p.init(jax.random.key(0))
+    state = p.init(0)
     state["params"] = {
         k: jax.device_put(np.asarray(w, np.float32), place[k]) for k, w in init.items()
     }

@@ -110,7 +110,7 @@ def test_same_gradients_for_any_mesh_and_accumulation():
     ):
         c = dataclasses.replace(C, device_rows=device_rows)
         p = train_gpt.program(c, sharding.make_mesh(mesh))
-        state = p.init(jax.random.key(0))
+        state = p.init(0)
         loss, grads = p.gradients(state["params"], rows, 3, 0)
         new, norm = p.update(state, grads)
         got = float(loss), float(norm), float(new["params"]["up"][0, 0, 0])
