@@ -109,9 +109,9 @@ def decode(tokens: list[int], vocab: int) -> str:  # less those that stand for n
 
 
 def plan(corpus: Corpus, steps) -> list:
-    """Which pieces of which tokens every row takes, for steps of (row tokens, max_doc, rows).
-    A row takes documents, cut at max_doc, until it is full; a shard's tail that cannot fill all
-    rows of a step is dropped. Hub shards come as they are needed. DataError where data runs out.
+    """Which pieces of which tokens every row takes, for steps of (row tokens, max_doc, rows): until
+    it is full, documents cut at max_doc. A shard's tail that cannot fill all rows of a step is
+    dropped; hub shards come as they are needed. Raises DataError where data runs out.
     """
     planned, steps, shards, filled = [], list(steps), iter(corpus.train), {}
     tokens, bounds, document = None, np.zeros(1, int), 0

@@ -7,7 +7,7 @@ L layers  A attention layers  E value embeddings  G gate inputs  M predicted tok
 import math
 import zlib
 from collections import namedtuple
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -22,16 +22,14 @@ G = 12  # gates read the first dims of the stream (record 28)
 # group's learning rate and decay; with betas it is Adam's, without Muon's.
 Param = namedtuple("Param", "shape axes init lr wd betas", defaults=(1, ()))
 # What a stage sets: windows (a token sees itself and so many before), frequencies of half a head
-# (K/2,), the last half of them 0 (record 17), the scale of the attention logits; and what attends.
-View = namedtuple("View", "short long freqs scale attend")
+# (K/2,), the last half of them 0 (record 17), the scale of the attention logits.
+View = namedtuple("View", "short long freqs scale")
 
 
 def param_table(c) -> dict:
-    """name -> Param, for a config with layers, width, heads, vocab, bigram_rows.
-
-    A layer is a word of letters: p paired heads (record 58), v value embedding (14, 63), l long
-    window with key offset (49), s its output is kept for k, k that skip instead of attention (45),
-    b its output feeds all later attention and is backed out at the end (40, 77), o nothing.
+    """name -> Param. A layer is a word of letters: p paired heads (record 58), v value embedding
+    (14, 63), l long window with key offset (49), s its output is kept for k, k that skip instead of
+    attention (45), b feeds all later attention and is backed out at the end (40, 77), o nothing.
     """
     kinds = c.layers.split(",")
     D, H, V, R, F, L = c.width, c.heads, c.vocab, c.bigram_rows, 4 * c.width, len(kinds)
@@ -140,45 +138,6 @@ def attend(q, k, v, doc, window: int, P: int):
     return o.swapaxes(0, 1).reshape(B, H, T, K)
 
 
-@cache
-def splash_kernel(H: int, T: int, window: int, P: int):
-    """A TPU's kernel of `attend`, for P T tokens that stay one row behind the other."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as tpu
-    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import Mask
-
-    class Band(Mask):
-        shape = P * T, P * T
-
-        def __getitem__(self, cuts):
-            q, k = (P * (i % T) + i // T for i in (np.arange(s.start, s.stop) for s in cuts))
-            if k[0] > q[-1] or k[-1] < q[0] - window:  # most: without this T^2 takes a minute
-                return np.zeros((len(q), len(k)), bool)
-            away = np.subtract.outer(q, k)
-            return (away >= 0) & (away <= window)
-
-    names = "q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq"
-    blocks = tpu.BlockSizes(**{f"block_{name}": math.gcd(T, 512) for name in names})
-    with jax.ensure_compile_time_eval():
-        kernel = tpu.make_splash_mha_single_device(
-            tpu.MultiHeadMask([Band()] * H), block_sizes=blocks
-        )
-    return jax.vmap(lambda q, k, v, doc: kernel(q, k, v, tpu.SegmentIds(doc, doc)))
-
-
-def splash(q, k, v, doc, window: int, P: int):
-    """What `attend` computes, on a TPU, where its kernel takes the sizes."""
-    B, H, T, K = q.shape
-    if T % 128 or K % 128:
-        return attend(q, k, v, doc, window, P)
-
-    def local(q, k, v, doc):
-        rows = [x.reshape(B, -1, P * T, K) for x in (q, k, v)]
-        run = splash_kernel(rows[0].shape[1], T, window, P)
-        return run(*rows, jnp.tile(doc, P)).reshape(q.shape)
-
-    return sharding.by_heads(local, H // P)(q, k, v, doc)
-
-
 def attention(y, ve, w, kind: str, view, doc):
     """Attention of the normed stream y (B, T, D), w one layer's weights, ve (B, T, D) or None."""
     (B, T, D), K, P = y.shape, 2 * len(view.freqs), 1 + ("p" in kind)
@@ -197,7 +156,7 @@ def attention(y, ve, w, kind: str, view, doc):
     if "l" in kind:  # dims that do not turn look one token back (record 49)
         k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
     q, window = (view.scale * q).astype(q.dtype), view.long if "l" in kind else view.short
-    o = view.attend(q, k, v, doc, window, P) * gate(y[..., :G], "attn_gate").astype(q.dtype)
+    o = attend(q, k, v, doc, window, P) * gate(y[..., :G], "attn_gate").astype(q.dtype)
     out = (w["out_scale"] * w["out"]).astype(y.dtype).reshape(D, -1, K)
     return jnp.einsum("bhtk,dhk->btd", o, out)
 
@@ -239,33 +198,21 @@ def features(w, tokens_BT, c, view):
 cap = lambda x: jnp.tanh((x.astype(jnp.float32) + 5) / 15)
 
 
-def norm_scan(x, head, m):
-    """Sum of m log sum exp 11.5 cap(logits), x (B, T, D), head (V, D), m (B, T, 1) float32, and its
-    gradients by x and head, by chunks of tokens while their logits are there: capped, so exp is safe
-    as it is, and its sum is needed only after the products.
+def log_norms(x, head, m):
+    """Sum of m log sum exp 11.5 cap(logits), of x (B, T, D), head (V, D) float32, m (B, T, 1). Chunks
+    of tokens one by one, then once more backwards: all logits at once would be GBs. Capped, so exp is
+    safe as it is.
     """
-    B, T, D = x.shape
-    n = math.gcd(T, 1 << (2**27 // (B * len(head))).bit_length())
-    words = lax.optimization_barrier(head.T)  # turned once, not in every chunk
+    n = math.gcd(x.shape[1], 1 << (2**27 // (len(x) * len(head))).bit_length())
 
-    def chunk(sums, args):
+    @jax.checkpoint
+    def chunk(total, args):
         x, m = args  # (B, n, D), (B, n, 1)
-        t = cap(x @ words)
-        e = jnp.exp(11.5 * t)
-        norms = e.sum(-1, keepdims=True)
-        loss = sums[0] + (m * jnp.log(norms)).sum()
-        a, g = 11.5 / 15 * m / norms, (e * (1 - t * t)).astype(x.dtype)
-        g, ax = lax.optimization_barrier(g), (a * x).astype(x.dtype)  # g is made once, for two uses
-        dhead = jnp.einsum("bnv,bnd->vd", g, ax, preferred_element_type=jnp.float32)
-        return (loss, sums[1] + dhead), (a * (g @ head)).astype(x.dtype)
+        norms = jnp.exp(11.5 * cap(x @ head.astype(x.dtype).T)).sum(-1, keepdims=True)
+        return total + (m * jnp.log(norms)).sum(), None
 
-    chunks = [a.reshape(B, T // n, n, -1).swapaxes(0, 1) for a in (x, m)]
-    (loss, dhead), dx = lax.scan(chunk, (jnp.zeros(()), jnp.zeros(head.shape)), chunks)
-    return loss, (dx.swapaxes(0, 1).reshape(B, T, D), dhead.astype(head.dtype))
-
-
-log_norms = jax.custom_vjp(lambda x, head, m: norm_scan(x, head, m)[0])
-log_norms.defvjp(norm_scan, lambda d, g: (*(g.astype(x.dtype) * x for x in d), None))
+    chunks = [a.reshape(len(x), -1, n, a.shape[2]).swapaxes(0, 1) for a in (x, m)]
+    return lax.scan(chunk, jnp.zeros(()), chunks)[0]
 
 
 def loss(w, rows, c, view, weights):
@@ -275,8 +222,8 @@ def loss(w, rows, c, view, weights):
     tokens, T = rows.astype(jnp.int32), rows.shape[1] - 1
     x, head = features(w, tokens[:, :-1], c, view), w["head"].astype(jnp.float32)
     m = [weight * (jnp.arange(T) < T - k)[:, None] for k, weight in enumerate(weights)]
-    total = log_norms(x, w["head"], jnp.broadcast_to(sum(m), (*x.shape[:2], 1)))
-    for k in range(len(weights)):  # the gradient of what was to be said is added up in float32
+    total = log_norms(x, head, jnp.broadcast_to(sum(m), (*x.shape[:2], 1)))
+    for k in range(len(weights)):  # the head's gradient is added up in float32, here and there
         said = head[jnp.roll(tokens, -1 - k, 1)[:, :-1]].astype(x.dtype)
         logit = jnp.einsum("btd,btd->bt", x, said, preferred_element_type=jnp.float32)
         total -= (m[k] * 11.5 * cap(logit.astype(x.dtype))[..., None]).sum()

@@ -1,7 +1,5 @@
-"""NorMuon and Adam as in record #77, as optax transformations of a flat dict of arrays.
-
-`rows` has an object with `lr`, `wd`, `betas` for each parameter that a transformation updates,
-rates are functions of the step, and `update` takes the step as a keyword.
+"""NorMuon and Adam as in record #77, as optax transformations of a flat dict of arrays. `rows` has
+`lr`, `wd`, `betas` of each parameter to update; rates are functions of the step, a keyword of `update`.
 """
 
 from collections.abc import Callable
@@ -41,32 +39,26 @@ def normalize_rows(x, second, beta2: float = 0.95):
 
 
 def normuon(rows: dict, rate: Callable, momentum: Callable, dtype=jnp.bfloat16, split=lambda x: x):
-    """NorMuon with cautious decay (records 41, 43); matrices of one shape go at once, in `dtype`,
-    their stack laid out by `split`.
+    """NorMuon with cautious decay (records 41, 43) of stacks of matrices, in `dtype`, each laid out
+    by `split`, which may add matrices at its end.
     """
 
     def init(params):
         zeros = {name: jnp.zeros(params[name].shape, jnp.float32) for name in rows}
-        second = {name: z[..., :1] for name, z in zeros.items()}
-        return {"momentum": zeros, "second": second}
+        return {"momentum": zeros, "second": {name: z[..., :1] for name, z in zeros.items()}}
 
     def update(grads, state, params, *, step):
         grads = {name: grads[name] for name in rows}
         lr, m, updates, second = rate(step), momentum(step), {}, {}
         average = optax.incremental_update(grads, state["momentum"], 1 - m)
         nesterov = optax.incremental_update(average, grads, m)
-        for shape in sorted({g.shape[-2:] for g in grads.values()}):
-            names = [name for name in rows if grads[name].shape[-2:] == shape]
-            xs = [nesterov[name].astype(dtype).reshape(-1, *shape) for name in names]
-            vs = [state["second"][name].reshape(-1, shape[0], 1) for name in names]
-            x, v = split(jnp.concatenate(xs)), split(jnp.concatenate(vs))
-            x, v = normalize_rows(orthogonalize(x), v)
-            for name, count in zip(names, map(len, xs)):
-                p, mul = params[name], rows[name].lr
-                u = x[:count].reshape(p.shape)
-                updates[name] = -mul * lr * (u + jnp.where(u * p >= 0, 1.2 * lr * p, 0))
-                second[name] = v[:count].reshape(*p.shape[:-1], 1)
-                x, v = x[count:], v[count:]
+        for name, row in rows.items():
+            p, v = params[name], state["second"][name]
+            x = split(nesterov[name].astype(dtype).reshape(-1, *p.shape[-2:]))
+            x, new = normalize_rows(orthogonalize(x), split(v.reshape(-1, *v.shape[-2:])))
+            u = x[: p.size // x[0].size].reshape(p.shape)
+            second[name] = new[: v.size // new[0].size].reshape(v.shape)
+            updates[name] = -row.lr * lr * (u + jnp.where(u * p >= 0, 1.2 * lr * p, 0))
         return updates, {"momentum": average, "second": second}
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -70,13 +70,6 @@ def by_rows(mesh: Mesh, f, ins, outs):
     return jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=outs, **options)
 
 
-def by_heads(f, heads: int):
-    """f of three (B, H, T, K) and a (B, T), within `by_rows`, split over `tensor` if that fits."""
-    fits = heads % jax.sharding.get_abstract_mesh().shape["tensor"] == 0
-    at, options = P(None, "tensor" if fits else None), {"axis_names": {"tensor"}}
-    return jax.shard_map(f, in_specs=(at, at, at, P()), out_specs=at, check_vma=False, **options)
-
-
 def gathered(w, axes):
     """A weight for use: whole but for `tensor`; its gradient is reduce-scattered, in w's dtype."""
     for i, axis in enumerate(axes):

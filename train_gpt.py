@@ -6,7 +6,6 @@ speedrun where there is a GPU or TPU, else smoke, on the CPU. Other commands, wi
 sample, eval, record, plan, bench (tests/COMMAND.py).
 """
 
-import dataclasses
 import difflib
 import json
 import os
@@ -56,56 +55,32 @@ STAGES = {
         Stage(1, 1536, 1024, 32, 96, 1.73, (1,), (1,)),
     ),
 }
-PRESETS = {  # what differs from the defaults of Config
+# All keys with their defaults, as on the command line (README: what each is), and by preset.
+KEYS = """preset=speedrun data=fineweb10B mesh= seed=0 steps=1490 val_every=250 save_every=250 run=
+resume=true device=auto cpu_devices=1 float32=false target=3.28 device_rows=1 rows=8 stages=speedrun
+layers=p,v,pv,ls,o,p,k,b,v,pv,lv width=768 heads=6 vocab=50304 bos=50256 bigram_rows=251520
+muon_lr=0.023 adam_lr=0.008 lr_fall=0.6 momentum_rise=0.2013423 momentum_fall=0.033557047
+val_tokens=10485760 val_row_tokens=262144 val_long=2560"""
+PRESETS = {
     "speedrun": "",
-    "smoke": "data=stdlib device=cpu float32=true steps=460 val_every=460 device_rows=8"
-    " stages=smoke layers=pv,ls,k,b,lv width=96 heads=4 vocab=264 bos=256 bigram_rows=4096"
-    " muon_lr=0.08 adam_lr=0.025 val_tokens=131072 val_row_tokens=8192 val_long=192",
+    "smoke": """data=stdlib device=cpu float32=true steps=460 val_every=460 device_rows=8 width=96
+stages=smoke layers=pv,ls,k,b,lv heads=4 vocab=264 bos=256 bigram_rows=4096 muon_lr=0.08
+adam_lr=0.025 val_tokens=131072 val_row_tokens=8192 val_long=192""",
 }
 
 
-@dataclasses.dataclass(frozen=True, init=False)
-class Config:
+class Config(SimpleNamespace):
     """Every key. Config(preset="smoke", steps=50): the preset's values, then those given."""
 
-    preset: str = "speedrun"
-    data: str = "fineweb10B"  # or finewebedu10B, stdlib, a path to .bin shards or .txt files
-    mesh: str = ""  # e.g. data:2,fsdp:2,tensor:2; empty: all devices on fsdp
-    seed: int = 0
-    steps: int = 1490  # all that the recipe counts in steps scales with them
-    val_every: int = 250
-    save_every: int = 250
-    run: str = ""  # name of the run to start or go on with; empty: a fresh one
-    resume: bool = True  # false: a run of that name is left as it is, NAME-1 starts over
-    device: str = "auto"  # cpu, gpu, tpu
-    cpu_devices: int = 1  # virtual devices on the CPU
-    float32: bool = False  # all arithmetic in float32
-    target: float = 3.28
-    device_rows: int = 1  # rows per device at once: fewer need less memory, the result is the same
-    rows: int = 8  # a step's tokens are cut into so many rows
-    stages: str = "speedrun"  # the schedule, one of STAGES
-    layers: str = "p,v,pv,ls,o,p,k,b,v,pv,lv"  # see model.param_table
-    width: int = 768
-    heads: int = 6
-    vocab: int = 50304
-    bos: int = 50256  # the token that starts a document
-    bigram_rows: int = 5 * 50304
-    muon_lr: float = 0.023
-    adam_lr: float = 0.008
-    lr_fall: float = 0.6  # part of the scheduled steps, at their end: the rates fall to 0.15
-    momentum_rise: float = 300 / 1490  # parts of the steps, at their start and end, in which Muon's
-    momentum_fall: float = 50 / 1490  # momentum rises from 0.85 to 0.95, and falls again
-    val_tokens: int = 10_485_760
-    val_row_tokens: int = 262_144
-    val_long: int = 20 * 128  # long window of the last validation (record 33)
-
     def __init__(self, **keys):  # values as text or typed
-        values = {field.name: field.default for field in dataclasses.fields(Config)}
-        preset = PRESETS[choose("preset", keys.get("preset", "speedrun"), PRESETS)]
-        for name, value in [*(word.split("=") for word in preset.split()), *keys.items()]:
-            values[name] = typed(name, value, values[choose("key", name, values)])
+        preset = choose("preset", keys.get("preset", "speedrun"), PRESETS)
+        given = [*(word.split("=") for word in PRESETS[preset].split()), *keys.items()]
+        defaults = dict(word.split("=") for word in KEYS.split())
+        values = {name: typed(name, text, text) for name, text in defaults.items()}
+        for name, value in given:
+            values[choose("key", name, defaults)] = typed(name, value, defaults[name])
         choose("stages", values["stages"], STAGES)
-        self.__dict__.update(values)
+        super().__init__(**values)
 
     def schedule(self) -> list[tuple[int, int, Stage]]:  # (first step, end, stage) of each
         ends = [round(stage.end * self.steps) for stage in STAGES[self.stages]]
@@ -115,11 +90,9 @@ class Config:
         return sum(step >= end for _, end, _ in self.schedule()[:-1])
 
 
+COMMANDS = ("train", "sample", "eval", "record", "plan", "bench")  # all but the first: tests/*.py
 # Keys that cannot change the result: a run may go on with other values of them.
 FREE = {"mesh", "device_rows", "val_every", "save_every", "run", "resume", "device", "cpu_devices"}
-
-
-COMMANDS = ("train", "sample", "eval", "record", "plan", "bench")  # all but the first: tests/*.py
 
 
 def choose(what: str, name: str, table):
@@ -129,12 +102,13 @@ def choose(what: str, name: str, table):
     raise InputError(f"unknown {what} '{name}': did you mean '{near}'?")
 
 
-def typed(name: str, value, default):  # `value`, perhaps text, in the type of the default
-    kind = type(default)
+def typed(name: str, value, like: str):  # `value`, perhaps text, of the type that `like` has
+    kinds = {r"true|false": bool, r"\d+": int, r"\d+\.\d+": float, ".*": str}
+    kind = next(kind for form, kind in kinds.items() if re.fullmatch(form, like))
     try:
         return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
     except (ValueError, KeyError):
-        raise InputError(f"--{name}={value}: expected {kind.__name__}, like {default}") from None
+        raise InputError(f"--{name}={value}: expected {kind.__name__}, like {like}") from None
 
 
 def turns(c: Config, n: int) -> int:  # that a device takes for its n rows, device_rows at once
@@ -147,8 +121,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
     at = {n: sharding.placed(mesh, row.axes, row.shape, n) for n, row in table.items()}
     longs, dtype = [s.long for *_, s in schedule], jnp.float32 if c.float32 else jnp.bfloat16
     yarns = [model.yarn(c.width // c.heads, longs[: i + 1]) for i in range(len(longs))]
-    kernel = model.splash if mesh.devices.flat[0].platform == "tpu" else model.attend
-    views = [model.View(s.short, s.long, *yarn, kernel) for (*_, s), yarn in zip(schedule, yarns)]
+    views = [model.View(s.short, s.long, *yarn) for (*_, s), yarn in zip(schedule, yarns)]
     views.append(views[-1]._replace(long=c.val_long))
     scheduled, untie = schedule[-2][1], schedule[1][1] | 1  # untied after an Adam step
     start = int(scheduled * (1 - c.lr_fall))
@@ -250,7 +223,7 @@ class Journal:
             setup = (
                 f"Python {sys.version}, JAX {jax.__version__}, {len(chips)} {chips[0].device_kind}"
             )
-            rule, config = "=" * 100, f"config {json.dumps(dataclasses.asdict(c))}"
+            rule, config = "=" * 100, f"config {json.dumps(vars(c))}"
             self.log.write_text("\n".join([source + rule, setup, config, rule, ""]))
             self.csv.write_text("step,train_time_ms,name,value\n")
 
@@ -320,19 +293,17 @@ def configured(run: Path) -> dict:  # the config of a run, from its log, or noth
 
 
 def train(c: Config, stop=lambda step: False) -> Result:
-    """Trains, or goes on with the run of that name, to the last step and validation. Where `stop`
-    says so it saves and exits with status 75.
-    """
+    """Trains, or goes on with the run, to the last step. Where `stop` says so saves and exits, 75."""
     start(c)
     fresh = multihost_utils.broadcast_one_to_all(np.array([time.time(), os.getpid()], int))
     name = c.run or time.strftime(f"%Y%m%d-%H%M%S-{fresh[1]}", time.localtime(fresh[0]))
     runs = map(Path("runs").joinpath, [name, *(f"{name}-{i}" for i in range(1, 1000))])
     run = next(run for run in runs if c.resume or not run.exists())
-    was, now = configured(run), dataclasses.asdict(c)
+    was, now = configured(run), vars(c)
     differ = [f"{k} was {was.get(k)}" for k in now if k not in FREE and was.get(k) != now[k]]
     if was and differ:
-        what = f"{run} is there already, {', '.join(differ)}"
-        raise InputError(f"{what}: choose another --run, or --resume=false to start {name}-1")
+        what = f"{run} is there already, {', '.join(differ)}: choose another --run"
+        raise InputError(f"{what}, or --resume=false to start {name}-1")
     final = rf"^step:{c.steps}/.* val_loss:(\S+) train_time:(\d+).*$"
     if done := was and re.search(final, (run / "log.txt").read_text(), re.MULTILINE):
         print(done[0])
@@ -347,10 +318,9 @@ def train(c: Config, stop=lambda step: False) -> Result:
     batch = lambda step: sharding.global_rows(mesh, c.rows, reads[min(step, c.steps - 1)])
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
     n = sharding.ways(mesh, "rows")
-    steps = turns(c, c.rows // n)
-    for tokens in dict.fromkeys(s.tokens for s in stages):
-        rows = f"{tokens} tokens/step = {c.rows} rows x {tokens // c.rows}"
-        journal.say(f"{rows} = {n} devices x {c.rows // n // steps} row x {steps} accumulation")
+    each = f"{n} devices x {c.rows // n // (k := turns(c, c.rows // n))} row x {k} accumulation"
+    for t in dict.fromkeys(s.tokens for s in stages):
+        journal.say(f"{t} tokens/step = {c.rows} rows x {t // c.rows} = {each}")
     began, like = time.perf_counter(), p.like["params"]
     jobs = {"update": partial(p.update.lower, p.like, like)}
     for i in {c.stage(step) for step in range(first, c.steps)}:
@@ -374,12 +344,11 @@ def train(c: Config, stop=lambda step: False) -> Result:
     ahead = loader.submit(batch, first)
     for step in range(first, c.steps + 1):
         last, stopped = step == c.steps, stop(step)
-        saving, validating = (last or step % every == 0 for every in (c.save_every, c.val_every))
-        saving |= stopped
-        if saving or validating:
+        validating, saving = last or step % c.val_every == 0, last or step % c.save_every == 0
+        if stopped or saving or validating:
             pending = pending and note(*pending)
             spent += time.perf_counter() - began
-            if saving and step > first:  # before validation, which could fail
+            if (stopped or saving) and step > first:  # before validation, which could fail
                 sizes = {"log": journal.log.stat().st_size, "csv": journal.csv.stat().st_size}
                 meta = ocp.args.JsonSave({"step": step, "train_time": spent, **sizes})
                 both = {"state": ocp.args.StandardSave(state), "meta": meta}
@@ -432,17 +401,12 @@ def main(argv: list[str]):
         main(["sample", f"--run={run.name}", f"--device={c.device}"])
 
 
-def guarded(f):
-    """Runs f; what the user can mend is one line and exit status 2."""
+if __name__ == "__main__":
     try:
-        f()
+        main(sys.argv[1:])
     except (InputError, data_fineweb.DataError, OSError) as error:
         sys.exit(print(str(error).strip().splitlines()[0], file=sys.stderr) or 2)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         sys.exit(print("out of device memory: try a smaller --device_rows=N", file=sys.stderr) or 2)
-
-
-if __name__ == "__main__":
-    guarded(partial(main, sys.argv[1:]))

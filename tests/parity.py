@@ -163,7 +163,7 @@ def run(directory, mesh="", steps=None, report=print, **keys) -> dict:
     )
     c = config_of(spec)
     if keys:
-        c = train_gpt.dataclasses.replace(c, **keys)
+        c = train_gpt.Config(**vars(c) | keys)
     mesh = sharding.make_mesh(mesh or "fsdp:1")
     p = train_gpt.program(c, mesh)
     place = {k: x.sharding for k, x in p.like["params"].items()}
