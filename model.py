@@ -7,7 +7,7 @@ L layers  A attention layers  E value embeddings  G gate inputs  M predicted tok
 import math
 import zlib
 from collections import namedtuple
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 
 import jax
@@ -22,8 +22,8 @@ G = 12  # gates read the first dims of the stream (record 28)
 # group's learning rate and decay; with betas it is Adam's, without Muon's.
 Param = namedtuple("Param", "shape axes init lr wd betas", defaults=(1, ()))
 # What a stage sets: windows (a token sees itself and so many before), frequencies of half a head
-# (K/2,), the last half of them 0 (record 17), the scale of the attention logits.
-View = namedtuple("View", "short long freqs scale")
+# (K/2,), the last half of them 0 (record 17), the scale of the attention logits; and what attends.
+View = namedtuple("View", "short long freqs scale attend")
 
 
 def param_table(c) -> dict:
@@ -138,6 +138,38 @@ def attend(q, k, v, doc, window: int, P: int):
     return o.swapaxes(0, 1).reshape(B, H, T, K)
 
 
+@cache
+def splash_kernel(H: int, T: int, window: int, P: int):
+    """A TPU's kernel of `attend`: P rows of T tokens stay one behind the other, as P T."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as tpu
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import Mask
+
+    class Band(Mask):
+        shape = P * T, P * T
+
+        def __getitem__(self, cuts):
+            q, k = (P * (i % T) + i // T for i in (np.arange(s.start, s.stop) for s in cuts))
+            if k[0] > q[-1] or k[-1] < q[0] - window:  # most: without this T^2 takes a minute
+                return np.zeros((len(q), len(k)), bool)
+            away = np.subtract.outer(q, k)
+            return (away >= 0) & (away <= window)
+
+    names = "q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq"
+    sizes = tpu.BlockSizes(**{f"block_{name}": math.gcd(T, 512) for name in names})
+    with jax.ensure_compile_time_eval():
+        run = tpu.make_splash_mha_single_device(tpu.MultiHeadMask([Band()] * H), block_sizes=sizes)
+    return jax.vmap(lambda q, k, v, doc: run(q, k, v, tpu.SegmentIds(doc, doc)))
+
+
+def splash(q, k, v, doc, window: int, P: int):
+    """What `attend` computes, on a TPU, where its kernel takes the sizes."""
+    B, H, T, K = q.shape
+    if T % 128 or K % 128 or jax.sharding.get_abstract_mesh().shape["tensor"] > 1:
+        return attend(q, k, v, doc, window, P)
+    rows = [x.reshape(B, H // P, P * T, K) for x in (q, k, v)]
+    return splash_kernel(H // P, T, window, P)(*rows, jnp.tile(doc, P)).reshape(q.shape)
+
+
 def attention(y, ve, w, kind: str, view, doc):
     """Attention of the normed stream y (B, T, D), w one layer's weights, ve (B, T, D) or None."""
     (B, T, D), K, P = y.shape, 2 * len(view.freqs), 1 + ("p" in kind)
@@ -156,7 +188,7 @@ def attention(y, ve, w, kind: str, view, doc):
     if "l" in kind:  # dims that do not turn look one token back (record 49)
         k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
     q, window = (view.scale * q).astype(q.dtype), view.long if "l" in kind else view.short
-    o = attend(q, k, v, doc, window, P) * gate(y[..., :G], "attn_gate").astype(q.dtype)
+    o = view.attend(q, k, v, doc, window, P) * gate(y[..., :G], "attn_gate").astype(q.dtype)
     out = (w["out_scale"] * w["out"]).astype(y.dtype).reshape(D, -1, K)
     return jnp.einsum("bhtk,dhk->btd", o, out)
 

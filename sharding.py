@@ -1,7 +1,5 @@
 """Devices: the processes, the mesh, and the one table that says how every array is split."""
 
-import os
-
 import jax
 import numpy as np
 from jax import lax
@@ -23,21 +21,6 @@ ways = lambda mesh, axis: int(np.prod([mesh.shape[name] for name in RULES.get(ax
 
 class InputError(ValueError):
     """Something that the user can mend, in one line."""
-
-
-def start_processes():
-    """Joins the processes of a job, if there are several: by torchrun's variables, else by what
-    `jax.distributed` knows of SLURM, Open MPI, Kubernetes and Cloud TPU pods.
-    """
-    env, counts = os.environ, ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETIONS")
-    if (n := int(env.get("WORLD_SIZE", 1))) > 1:
-        address = f"{env['MASTER_ADDR']}:{int(env['MASTER_PORT']) + 1}"  # MASTER_PORT is torchrun's
-        mine = [int(env["LOCAL_RANK"])] if jax.config.jax_platforms != "cpu" else None
-        jax.distributed.initialize(address, n, int(env["RANK"]), mine)
-    elif any(int(env.get(k) or 1) > 1 for k in counts) or "," in env.get(
-        "TPU_WORKER_HOSTNAMES", ""
-    ):
-        jax.distributed.initialize()
 
 
 def make_mesh(layout: str, devices=None) -> Mesh:
@@ -66,7 +49,8 @@ def by_rows(mesh: Mesh, f, ins, outs):
     """f, written for the rows of one device, on whole arrays; ins and outs are from `part`. Inside,
     `data` and `fsdp` are ours, as reduce-scatter and Pallas need it; `tensor` is XLA's.
     """
-    options = {"axis_names": set(ROWS), "check_vma": False}
+    ours = {name for name, size in mesh.shape.items() if name in ROWS or size == 1}
+    options = {"axis_names": ours, "check_vma": False}
     return jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=outs, **options)
 
 

@@ -121,7 +121,8 @@ def program(c: Config, mesh) -> SimpleNamespace:
     at = {n: sharding.placed(mesh, row.axes, row.shape, n) for n, row in table.items()}
     longs, dtype = [s.long for *_, s in schedule], jnp.float32 if c.float32 else jnp.bfloat16
     yarns = [model.yarn(c.width // c.heads, longs[: i + 1]) for i in range(len(longs))]
-    views = [model.View(s.short, s.long, *yarn) for (*_, s), yarn in zip(schedule, yarns)]
+    attend = model.splash if mesh.devices.flat[0].platform == "tpu" else model.attend
+    views = [model.View(s.short, s.long, *yarn, attend) for (*_, s), yarn in zip(schedule, yarns)]
     views.append(views[-1]._replace(long=c.val_long))
     scheduled, untie = schedule[-2][1], schedule[1][1] | 1  # untied after an Adam step
     start = int(scheduled * (1 - c.lr_fall))
@@ -258,7 +259,12 @@ def start(c: Config):
         if c.device != "auto":
             jax.config.update("jax_platforms", {"gpu": "cuda"}.get(c.device, c.device))
         jax.config.update("jax_num_cpu_devices", c.cpu_devices)
-        sharding.start_processes()
+        env, one = os.environ, None if c.device == "cpu" else [int(os.environ.get("LOCAL_RANK", 0))]
+        if (n := int(env.get("WORLD_SIZE", 1))) > 1:  # torchrun's; MASTER_PORT is its own
+            address = f"{env['MASTER_ADDR']}:{int(env['MASTER_PORT']) + 1}"
+            jax.distributed.initialize(address, n, int(env["RANK"]), one)
+        elif int(env.get("SLURM_NTASKS", 1)) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
+            jax.distributed.initialize()
     if jax.default_backend() == "cpu" and c.device != "cpu" and accelerator():
         how = "install JAX's plugin (./launch does), end what else holds it, or say --device=cpu"
         raise InputError(f"this machine has a {accelerator()}, but JAX sees the CPU alone: {how}")
