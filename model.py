@@ -92,8 +92,8 @@ shift = lambda x: jnp.concatenate([x[..., :1, :], x[..., :-1, :]], -2)
 
 
 def rotary(x, theta, row):
-    """Turns the halves of heads (B, H, T, K) by theta (P, T, K/2), head h by theta[row[h]]. They
-    change places in a product, as TPUs are slow at moving columns; tables in bf16 as in the record.
+    """Turns the halves of heads (B, H, T, K) by theta (P, T, K/2), head h by theta[row[h]]; bf16
+    tables as in the record. They change places in a product, as TPUs are slow at moving columns.
     """
     swap = np.roll(np.eye(x.shape[-1], dtype=x.dtype), x.shape[-1] // 2, 0)
     cos, sin = (table.astype(x.dtype)[row] for table in (jnp.cos(theta), jnp.sin(theta)))
@@ -231,9 +231,8 @@ cap = lambda x: jnp.tanh((x.astype(jnp.float32) + 5) / 15)
 
 
 def log_norms(x, head, m):
-    """Sum of m log sum exp 11.5 cap(logits), of x (B, T, D), head (V, D) float32, m (B, T, 1). Chunks
-    of tokens one by one, then once more backwards: all logits at once would be GBs. Capped, so exp is
-    safe as it is.
+    """Sum of m log sum exp 11.5 cap(logits), x (B, T, D), head (V, D) float32, m (B, T, 1). Chunks
+    of tokens one by one, and once more backwards: all logits at once would be GBs.
     """
     n = math.gcd(x.shape[1], 1 << (2**27 // (len(x) * len(head))).bit_length())
 

@@ -1,5 +1,5 @@
-"""NorMuon and Adam as in record #77, as optax transformations of a flat dict of arrays. `rows` has
-`lr`, `wd`, `betas` of each parameter to update; rates are functions of the step, a keyword of `update`.
+"""NorMuon and Adam as in record #77, as optax transformations of a flat dict of arrays. `rows`: the
+`lr`, `wd`, `betas` of what to update; rates are functions of the step, a keyword of `update`.
 """
 
 from collections.abc import Callable
@@ -39,9 +39,7 @@ def normalize_rows(x, second, beta2: float = 0.95):
 
 
 def normuon(rows: dict, rate: Callable, momentum: Callable, dtype=jnp.bfloat16, split=lambda x: x):
-    """NorMuon with cautious decay (records 41, 43) of stacks of matrices, in `dtype`, each laid out
-    by `split`, which may add matrices at its end.
-    """
+    """NorMuon with cautious decay (41, 43), in `dtype`; `split` lays a stack out, and may extend it."""
 
     def init(params):
         zeros = {name: jnp.zeros(params[name].shape, jnp.float32) for name in rows}

@@ -68,9 +68,8 @@ def summed(g, axes=()):
 
 
 def lookup(table, ids_BT, dtype):
-    """Rows (B, T, D) of a table (V, D) with split columns: ids travel, and what was found, so that
-    no device holds a whole table or its gradient. A product with the identity puts the columns side
-    by side: TPUs are slow at moving them.
+    """Rows (B, T, D) of a table (V, D) with split columns: ids travel, and what was found, the table
+    and its gradient stay. A product puts columns side by side, as TPUs are slow at moving them.
     """
     found = table[lax.all_gather(ids_BT, "fsdp")].astype(dtype)  # (fsdp, B, T, D / fsdp)
     n, width = len(found), found.shape[-1]

@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from tensorboard.summary import Writer
 
 import data_fineweb
@@ -39,8 +37,8 @@ HERE = Path(__file__).parent
 SOURCES = ("launch", "train_gpt.py", "model.py", "muon.py", "data_fineweb.py", "sharding.py")
 
 
-# A row of the schedule: end (part of the steps), tokens per step, longest document, windows, factor
-# of the rates, weights of the next tokens' losses from the start of the stage to its end.
+# Of the schedule: end (part of the steps), tokens per step, longest document, windows, factor of the
+# rates, weights of the next tokens' losses from the start of the stage to its end.
 Stage = namedtuple("Stage", "end tokens max_doc short long lr mtp mtp_end")
 STAGES = {
     "speedrun": (  # the last row is the extension: the learning rate is at its floor there
@@ -209,14 +207,9 @@ class Journal:
     """The console, log.txt, metrics.csv and TensorBoard of a run."""
 
     def __init__(self, run: Path, c: Config, meta: dict):
-        self.c, self.first = c, jax.process_index() == 0
-        run = run if self.first else Path(tempfile.mkdtemp())  # where nobody looks
-        self.log, self.csv, self.board = (
-            run / "log.txt",
-            run / "metrics.csv",
-            Writer(f"{run}/tensorboard"),
-        )
-        if meta["step"] and self.first:  # drops what was written after the checkpoint
+        self.c, self.log, self.csv = c, run / "log.txt", run / "metrics.csv"
+        self.board = Writer(str(run / "tensorboard"))
+        if meta["step"]:  # drops what was written after the checkpoint
             os.truncate(self.log, meta["log"])
             os.truncate(self.csv, meta["csv"])
         else:
@@ -231,7 +224,7 @@ class Journal:
     def say(self, line: str, show: bool = True):
         with self.log.open("a") as log:
             log.write(line + "\n")
-        if show and self.first:
+        if show:
             print(line, flush=True)
 
     def scalar(self, step: int, seconds: float, name: str, value: float, show: bool = True):
@@ -259,12 +252,6 @@ def start(c: Config):
         if c.device != "auto":
             jax.config.update("jax_platforms", {"gpu": "cuda"}.get(c.device, c.device))
         jax.config.update("jax_num_cpu_devices", c.cpu_devices)
-        env, one = os.environ, None if c.device == "cpu" else [int(os.environ.get("LOCAL_RANK", 0))]
-        if (n := int(env.get("WORLD_SIZE", 1))) > 1:  # torchrun's; MASTER_PORT is its own
-            address = f"{env['MASTER_ADDR']}:{int(env['MASTER_PORT']) + 1}"
-            jax.distributed.initialize(address, n, int(env["RANK"]), one)
-        elif int(env.get("SLURM_NTASKS", 1)) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
-            jax.distributed.initialize()
     if jax.default_backend() == "cpu" and c.device != "cpu" and accelerator():
         how = "install JAX's plugin (./launch does), end what else holds it, or say --device=cpu"
         raise InputError(f"this machine has a {accelerator()}, but JAX sees the CPU alone: {how}")
@@ -299,10 +286,9 @@ def configured(run: Path) -> dict:  # the config of a run, from its log, or noth
 
 
 def train(c: Config, stop=lambda step: False) -> Result:
-    """Trains, or goes on with the run, to the last step. Where `stop` says so saves and exits, 75."""
+    """Trains, or goes on with the run, to the last step. If `stop` says so saves and exits, 75."""
     start(c)
-    fresh = multihost_utils.broadcast_one_to_all(np.array([time.time(), os.getpid()], int))
-    name = c.run or time.strftime(f"%Y%m%d-%H%M%S-{fresh[1]}", time.localtime(fresh[0]))
+    name = c.run or time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
     runs = map(Path("runs").joinpath, [name, *(f"{name}-{i}" for i in range(1, 1000))])
     run = next(run for run in runs if c.resume or not run.exists())
     was, now = configured(run), vars(c)
@@ -380,9 +366,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
 
 
 def told():
-    """A function of the step: did a process get SIGTERM, or SIGINT? The second stops at once."""
-    if jax.process_count() > 1:  # JAX's own service listens, and tells the others
-        return multihost_utils.reached_preemption_sync_point
+    """A function of the step: was SIGTERM or SIGINT heard? A second one stops at once."""
     heard = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: heard.append(signal.signal(n, signal.SIG_DFL)))
@@ -403,8 +387,7 @@ def main(argv: list[str]):
         print(f"preset {keys['preset']}, as this machine has {accelerator() or 'no GPU or TPU'}")
     start(c := Config(**keys))
     run = train(c, told()).run_dir
-    if jax.process_count() == 1:
-        main(["sample", f"--run={run.name}", f"--device={c.device}"])
+    main(["sample", f"--run={run.name}", f"--device={c.device}"])
 
 
 if __name__ == "__main__":
