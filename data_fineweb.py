@@ -109,10 +109,9 @@ def decode(tokens: list[int], vocab: int) -> str:  # less those that stand for n
 
 
 def plan(corpus: Corpus, steps) -> list:
-    """Which pieces of which tokens every row takes, for steps of (row tokens, max_doc, rows): until
-    it is full, documents cut at max_doc. A shard's tail that cannot fill all rows of a step is
-    dropped; hub shards come as they are needed. Raises DataError where data runs out.
-    """
+    """Which pieces of which tokens every row takes, for steps of (row tokens, max_doc, rows)."""
+    # Documents, cut at max_doc, until the row is full; a shard's tail that cannot fill all rows of a
+    # step is dropped, as in the record. Hub shards come as they are needed.
     planned, steps, shards, filled = [], list(steps), iter(corpus.train), {}
     tokens, bounds, document = None, np.zeros(1, int), 0
     for row_tokens, max_doc, rows in steps:

@@ -92,9 +92,8 @@ shift = lambda x: jnp.concatenate([x[..., :1, :], x[..., :-1, :]], -2)
 
 
 def rotary(x, theta, row):
-    """Turns the halves of heads (B, H, T, K) by theta (P, T, K/2), head h by theta[row[h]]; bf16
-    tables as in the record. They change places in a product, as TPUs are slow at moving columns.
-    """
+    """Turns the halves of heads (B, H, T, K) by theta (P, T, K/2), head h by theta[row[h]]."""
+    # They change places in a product, as TPUs are slow at moving columns; bf16 as in the record.
     swap = np.roll(np.eye(x.shape[-1], dtype=x.dtype), x.shape[-1] // 2, 0)
     cos, sin = (table.astype(x.dtype)[row] for table in (jnp.cos(theta), jnp.sin(theta)))
     return x * jnp.tile(cos, 2) + (x @ swap) * jnp.concatenate([sin, -sin], -1)
@@ -107,8 +106,8 @@ def bigram_hash(tokens_BT, R: int):
 
 
 def attend(q, k, v, doc, window: int, P: int):
-    """Attention of (B, H, T, K) to the same document, `window` tokens back and never ahead. If P is
-    2, heads 2 h and 2 h + 1 are tokens 2 t and 2 t + 1 of one row (record 58).
+    """Attention of (B, H, T, K) to the same document, `window` tokens back and never ahead.
+    If P is 2, heads 2 h and 2 h + 1 are tokens 2 t and 2 t + 1 of one row (record 58).
     """
     (B, H, T, K), reach = q.shape, -(-window // P)
     block = math.gcd(T, 1 << max(5, min(9, (reach // 2).bit_length())))
@@ -231,9 +230,8 @@ cap = lambda x: jnp.tanh((x.astype(jnp.float32) + 5) / 15)
 
 
 def log_norms(x, head, m):
-    """Sum of m log sum exp 11.5 cap(logits), x (B, T, D), head (V, D) float32, m (B, T, 1). Chunks
-    of tokens one by one, and once more backwards: all logits at once would be GBs.
-    """
+    """Sum of m log sum exp 11.5 cap(logits), x (B, T, D), head (V, D) float32, m (B, T, 1)."""
+    # By chunks of n tokens, made again in the backward pass: all logits at once would be GBs.
     n = math.gcd(x.shape[1], 1 << (2**27 // (len(x) * len(head))).bit_length())
 
     @jax.checkpoint
@@ -247,9 +245,8 @@ def log_norms(x, head, m):
 
 
 def loss(w, rows, c, view, weights):
-    """Cross entropy of the next len(weights) tokens (record 53), summed over rows (B, T + 1).
-    Targets beyond the row are dropped; those in the next document count, as in the record.
-    """
+    """Cross entropy of the next len(weights) tokens (record 53), summed over rows (B, T + 1)."""
+    # Targets beyond the row are dropped; those in the next document count, as in the record.
     tokens, T = rows.astype(jnp.int32), rows.shape[1] - 1
     x, head = features(w, tokens[:, :-1], c, view), w["head"].astype(jnp.float32)
     m = [weight * (jnp.arange(T) < T - k)[:, None] for k, weight in enumerate(weights)]

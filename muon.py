@@ -1,6 +1,4 @@
-"""NorMuon and Adam as in record #77, as optax transformations of a flat dict of arrays. `rows`: the
-`lr`, `wd`, `betas` of what to update; rates are functions of the step, a keyword of `update`.
-"""
+"""NorMuon and Adam of record #77, optax transformations of a dict; `rows` has lr, wd and betas."""
 
 from collections.abc import Callable
 
@@ -39,7 +37,7 @@ def normalize_rows(x, second, beta2: float = 0.95):
 
 
 def normuon(rows: dict, rate: Callable, momentum: Callable, dtype=jnp.bfloat16, split=lambda x: x):
-    """NorMuon with cautious decay (41, 43), in `dtype`; `split` lays a stack out, and may extend it."""
+    """NorMuon with cautious decay (records 41, 43); `split` lays a stack out, and may extend it."""
 
     def init(params):
         zeros = {name: jnp.zeros(params[name].shape, jnp.float32) for name in rows}
@@ -77,12 +75,11 @@ def adam(rows: dict, rate: Callable):
         return -move, jnp.zeros_like(g), m, v
 
     def update(grads, state, params, *, step):
+        wait = lambda pending, m, v: (jax.tree.map(jnp.zeros_like, pending), pending, m, v)
+
         def act(pending, m, v):
             new = [one(row, pending[k], m[k], v[k], params[k], step) for k, row in rows.items()]
             return tuple(dict(zip(rows, part)) for part in zip(*new))
-
-        def wait(pending, m, v):
-            return jax.tree.map(jnp.zeros_like, pending), pending, m, v
 
         pending = {name: state["pending"][name] + grads[name] for name in rows}
         updates, *new = jax.lax.cond(step % 2 == 1, act, wait, pending, state["m"], state["v"])

@@ -46,9 +46,8 @@ def placed(mesh: Mesh, axes, shape=(), name: str = "") -> NamedSharding:
 
 
 def by_rows(mesh: Mesh, f, ins, outs):
-    """f, written for the rows of one device, on whole arrays; ins and outs are from `part`. Inside,
-    `data` and `fsdp` are ours, as reduce-scatter and Pallas need it; `tensor` is XLA's.
-    """
+    """f, written for the rows of one device, on whole arrays; ins and outs are from `part`."""
+    # Reduce-scatter and Pallas need these axes to be ours; `tensor` is XLA's.
     ours = {name for name, size in mesh.shape.items() if name in ROWS or size == 1}
     options = {"axis_names": ours, "check_vma": False}
     return jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=outs, **options)
@@ -68,9 +67,8 @@ def summed(g, axes=()):
 
 
 def lookup(table, ids_BT, dtype):
-    """Rows (B, T, D) of a table (V, D) with split columns: ids travel, and what was found, the table
-    and its gradient stay. A product puts columns side by side, as TPUs are slow at moving them.
-    """
+    """Rows (B, T, D) of a table (V, D) with split columns: ids travel, and what was found."""
+    # A product puts the columns side by side, as TPUs are slow at moving them.
     found = table[lax.all_gather(ids_BT, "fsdp")].astype(dtype)  # (fsdp, B, T, D / fsdp)
     n, width = len(found), found.shape[-1]
     where = np.eye(n * width, dtype=dtype).reshape(n, width, -1)

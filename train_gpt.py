@@ -35,10 +35,12 @@ from sharding import InputError
 
 HERE = Path(__file__).parent
 SOURCES = ("launch", "train_gpt.py", "model.py", "muon.py", "data_fineweb.py", "sharding.py")
-
-
-# Of the schedule: end (part of the steps), tokens per step, longest document, windows, factor of the
-# rates, weights of the next tokens' losses from the start of the stage to its end.
+COMMANDS = ("train", "sample", "eval", "record", "plan", "bench")  # all but the first: tests/*.py
+# Keys that cannot change the result: a run may go on with other values of them.
+FREE = {"mesh", "device_rows", "val_every", "save_every", "run", "resume", "device", "cpu_devices"}
+Result = namedtuple("Result", "val_loss train_time run_dir")  # nats, seconds, Path
+# Of the schedule: end (part of the steps), tokens per step, longest document, windows, factor of
+# the rates, weights of the next tokens' losses from the start of the stage to its end.
 Stage = namedtuple("Stage", "end tokens max_doc short long lr mtp mtp_end")
 STAGES = {
     "speedrun": (  # the last row is the extension: the learning rate is at its floor there
@@ -65,6 +67,8 @@ PRESETS = {
 stages=smoke layers=pv,ls,k,b,lv heads=4 vocab=264 bos=256 bigram_rows=4096 muon_lr=0.08
 adam_lr=0.025 val_tokens=131072 val_row_tokens=8192 val_long=192""",
 }
+# Turns that a device takes for its n rows, device_rows at once.
+turns = lambda c, n: next((k for k in range(1, n) if n % k == 0 and n // k <= c.device_rows), n)
 
 
 class Config(SimpleNamespace):
@@ -76,7 +80,7 @@ class Config(SimpleNamespace):
         defaults = dict(word.split("=") for word in KEYS.split())
         values = {name: typed(name, text, text) for name, text in defaults.items()}
         for name, value in given:
-            values[choose("key", name, defaults)] = typed(name, value, defaults[name])
+            values[name] = typed(name, value, defaults[choose("key", name, defaults)])
         choose("stages", values["stages"], STAGES)
         super().__init__(**values)
 
@@ -86,11 +90,6 @@ class Config(SimpleNamespace):
 
     def stage(self, step: int) -> int:
         return sum(step >= end for _, end, _ in self.schedule()[:-1])
-
-
-COMMANDS = ("train", "sample", "eval", "record", "plan", "bench")  # all but the first: tests/*.py
-# Keys that cannot change the result: a run may go on with other values of them.
-FREE = {"mesh", "device_rows", "val_every", "save_every", "run", "resume", "device", "cpu_devices"}
 
 
 def choose(what: str, name: str, table):
@@ -107,10 +106,6 @@ def typed(name: str, value, like: str):  # `value`, perhaps text, of the type th
         return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
     except (ValueError, KeyError):
         raise InputError(f"--{name}={value}: expected {kind.__name__}, like {like}") from None
-
-
-def turns(c: Config, n: int) -> int:  # that a device takes for its n rows, device_rows at once
-    return next((k for k in range(1, n) if n % k == 0 and n // k <= c.device_rows), n)
 
 
 def program(c: Config, mesh) -> SimpleNamespace:
@@ -135,21 +130,20 @@ def program(c: Config, mesh) -> SimpleNamespace:
     momentum = lambda step: 0.85 + 0.1 * ramp(step)
     adam_rows = {n: row for n, row in table.items() if row.betas}
     muon_rows = {n: row for n, row in table.items() if not row.betas}
-    muon_rate, split = partial(rate, c.muon_lr), partial(sharding.spread, mesh)
-    rules = {"muon": muon.normuon(muon_rows, muon_rate, momentum, dtype, split)}
-    rules["adam"] = muon.adam(adam_rows, partial(rate, c.adam_lr))
+    rules = {"adam": muon.adam(adam_rows, partial(rate, c.adam_lr))}
+    more = partial(rate, c.muon_lr), momentum, dtype, partial(sharding.spread, mesh)
+    rules["muon"] = muon.normuon(muon_rows, *more)
 
     def init(seed):
         params, step = model.init(table, jax.random.key(seed)), jnp.zeros((), jnp.int32)
         return {"params": params, "step": step} | {n: r.init(params) for n, r in rules.items()}
 
-    axes = {n: row.axes for n, row in table.items()}
     parts = {n: sharding.part(row.axes) for n, row in table.items()}
     rows_at, whole = sharding.part(["rows"]), sharding.part()
 
     def use(params):  # small ones and tables stay float32, and tables where they are
-        cast = {n: w.astype(dtype) if "embed" in axes[n] else w for n, w in params.items()}
-        return {n: sharding.gathered(w, axes[n]) for n, w in cast.items()}
+        cast = {n: w.astype(dtype) if "embed" in table[n].axes else w for n, w in params.items()}
+        return {n: sharding.gathered(w, table[n].axes) for n, w in cast.items()}
 
     def gradients(params, rows, step, stage):  # -> loss per token, gradients
         start, end, s = schedule[stage]
@@ -164,11 +158,11 @@ def program(c: Config, mesh) -> SimpleNamespace:
             # Unrolled if it is one turn: XLA would make two of the loop, and of all that is in it.
             (loss, grads), _ = jax.lax.scan(add, zeros, rows, unroll=len(rows) == 1)
             (grads,) = pull({n: (g / c.rows).astype(w[n].dtype) for n, g in grads.items()})
-            return sharding.summed(loss), {n: sharding.summed(g, axes[n]) for n, g in grads.items()}
+            grads = {n: sharding.summed(g, table[n].axes) for n, g in grads.items()}
+            return sharding.summed(loss) / (c.rows * (rows.shape[-1] - 1)), grads
 
         f = sharding.by_rows(mesh, local, (parts, rows_at, whole), (whole, parts))
-        loss, grads = f(params, rows, weights)
-        return loss / rows[:, 1:].size, grads
+        return f(params, rows, weights)
 
     def update(state, grads):  # -> state, norm of the gradients
         params, step = state["params"], state["step"]
@@ -198,9 +192,8 @@ def program(c: Config, mesh) -> SimpleNamespace:
     jits = {"init": jax.jit(init, out_shardings=state_at)}
     jits["gradients"] = jax.jit(gradients, static_argnums=3, out_shardings=(None, at))
     jits["update"] = jax.jit(update, donate_argnums=(0, 1), out_shardings=(state_at, None))
-    return SimpleNamespace(
-        like=like, views=views, evaluate=jax.jit(evaluate, static_argnums=2), **jits
-    )
+    jits["evaluate"] = jax.jit(evaluate, static_argnums=2)
+    return SimpleNamespace(like=like, views=views, **jits)
 
 
 class Journal:
@@ -213,12 +206,11 @@ class Journal:
             os.truncate(self.log, meta["log"])
             os.truncate(self.csv, meta["csv"])
         else:
-            source, chips = "".join((HERE / name).read_text() for name in SOURCES), jax.devices()
-            setup = (
-                f"Python {sys.version}, JAX {jax.__version__}, {len(chips)} {chips[0].device_kind}"
-            )
-            rule, config = "=" * 100, f"config {json.dumps(vars(c))}"
-            self.log.write_text("\n".join([source + rule, setup, config, rule, ""]))
+            source = "".join((HERE / name).read_text() for name in SOURCES)
+            chips = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+            setup = f"Python {sys.version}, JAX {jax.__version__}, {chips}"
+            rules = f"{'=' * 100}\n{setup}\nconfig {json.dumps(vars(c))}\n{'=' * 100}\n"
+            self.log.write_text(source + rules)
             self.csv.write_text("step,train_time_ms,name,value\n")
 
     def say(self, line: str, show: bool = True):
@@ -257,9 +249,6 @@ def start(c: Config):
         raise InputError(f"this machine has a {accelerator()}, but JAX sees the CPU alone: {how}")
 
 
-Result = namedtuple("Result", "val_loss train_time run_dir")  # nats, seconds, Path
-
-
 def opened(c: Config, run: Path):
     """Mesh, program, checkpoints of a run, and of the newest that can be read (state, meta)."""
     mesh = sharding.make_mesh(c.mesh)
@@ -279,25 +268,26 @@ def opened(c: Config, run: Path):
     return mesh, p, manager, None, {"step": 0, "train_time": 0.0}
 
 
-def configured(run: Path) -> dict:  # the config of a run, from its log, or nothing
+def configured(run: Path) -> tuple[dict, str]:
+    """The config and the log of a run, both empty if there is none."""
     log = (run / "log.txt").read_text() if (run / "log.txt").exists() else ""
     found = re.search(r"^config (.*)$", log, re.MULTILINE)
-    return json.loads(found[1]) if found else {}
+    return json.loads(found[1]) if found else {}, log
 
 
 def train(c: Config, stop=lambda step: False) -> Result:
     """Trains, or goes on with the run, to the last step. If `stop` says so saves and exits, 75."""
     start(c)
     name = c.run or time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
-    runs = map(Path("runs").joinpath, [name, *(f"{name}-{i}" for i in range(1, 1000))])
+    runs = (Path("runs", name + end) for end in ["", *(f"-{i}" for i in range(1, 1000))])
     run = next(run for run in runs if c.resume or not run.exists())
-    was, now = configured(run), vars(c)
+    (was, log), now = configured(run), vars(c)
     differ = [f"{k} was {was.get(k)}" for k in now if k not in FREE and was.get(k) != now[k]]
     if was and differ:
-        what = f"{run} is there already, {', '.join(differ)}: choose another --run"
-        raise InputError(f"{what}, or --resume=false to start {name}-1")
+        how = f"choose another --run, or --resume=false to start {name}-1"
+        raise InputError(f"{run} is there already, {', '.join(differ)}: {how}")
     final = rf"^step:{c.steps}/.* val_loss:(\S+) train_time:(\d+).*$"
-    if done := was and re.search(final, (run / "log.txt").read_text(), re.MULTILINE):
+    if done := re.search(final, log, re.MULTILINE):
         print(done[0])
         return Result(float(done[1]), int(done[2]) / 1000, run)
     schedule, corpus = c.schedule(), data_fineweb.open_corpus(c.data, c.vocab, c.bos)
@@ -306,8 +296,8 @@ def train(c: Config, stop=lambda step: False) -> Result:
     held_out = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
     mesh, p, manager, state, meta = opened(c, run)
     val = sharding.global_rows(mesh, len(held_out), lambda first, n: held_out[first : first + n])
-    reads = [partial(data_fineweb.batch, rows) for rows in plan]
-    batch = lambda step: sharding.global_rows(mesh, c.rows, reads[min(step, c.steps - 1)])
+    read = lambda step: partial(data_fineweb.batch, plan[min(step, c.steps - 1)])
+    batch = lambda step: sharding.global_rows(mesh, c.rows, read(step))
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
     n = sharding.ways(mesh, "rows")
     each = f"{n} devices x {c.rows // n // (k := turns(c, c.rows // n))} row x {k} accumulation"
@@ -325,10 +315,10 @@ def train(c: Config, stop=lambda step: False) -> Result:
     state = state or p.init(c.seed)
 
     def note(step, loss, norm):  # waits for the device
-        loss, norm, seconds = float(loss), float(norm), spent + time.perf_counter() - began
-        shown = step <= 5 or step % max(1, c.steps // 25) == 0
-        journal.scalar(step, seconds, "train_loss", loss, shown)
-        journal.scalar(step, seconds, "grad_norm", norm)
+        loss, norm, at = float(loss), float(norm), spent + time.perf_counter() - began
+        show = step < 6 or step % max(1, c.steps // 25) == 0
+        journal.scalar(step, at, "train_loss", loss, show)
+        journal.scalar(step, at, "grad_norm", norm)
         if not np.isfinite(loss + norm):
             raise InputError(f"step {step}: loss {loss}, gradient {norm}: {run} is as last saved")
 
@@ -365,14 +355,6 @@ def train(c: Config, stop=lambda step: False) -> Result:
     return Result(val_loss, spent, run)
 
 
-def told():
-    """A function of the step: was SIGTERM or SIGINT heard? A second one stops at once."""
-    heard = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: heard.append(signal.signal(n, signal.SIG_DFL)))
-    return lambda step: bool(heard)
-
-
 def main(argv: list[str]):
     """Runs a command line. Raises InputError, DataError or OSError for what users can mend."""
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
@@ -385,8 +367,10 @@ def main(argv: list[str]):
     if "preset" not in keys:
         keys["preset"] = "speedrun" if accelerator() else "smoke"
         print(f"preset {keys['preset']}, as this machine has {accelerator() or 'no GPU or TPU'}")
-    start(c := Config(**keys))
-    run = train(c, told()).run_dir
+    c, heard = Config(**keys), []  # the second signal stops at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: heard.append(signal.signal(n, signal.SIG_DFL)))
+    run = train(c, lambda step: bool(heard)).run_dir
     main(["sample", f"--run={run.name}", f"--device={c.device}"])
 
 

@@ -1,0 +1,102 @@
+"""The full validation loss of a checkpoint, as in its log: ./launch eval --run=NAME, and with
+--hellaswag, or --hellaswag=PATH to a file like hellaswag_val.jsonl, the accuracy on HellaSwag: the
+ending whose tokens have the highest mean log likelihood (arXiv:1905.07830), GPT-2's: about 29.5%.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub import hf_hub_download
+from sample import keys_of, saved
+
+import data_fineweb
+import model
+import sharding
+import train_gpt
+from sharding import InputError
+
+REPO, FILE = "Rowan/hellaswag", "data/hellaswag_val.jsonl"
+T, ROWS = 256, 16  # tokens of context and ending; (question, ending) pairs at once, for each device
+
+
+def questions(path: str) -> list[dict]:
+    """ctx, endings and label of every item. Raises InputError."""
+    if path == "true":
+        try:
+            path = hf_hub_download(REPO, FILE, repo_type="dataset", local_dir="data/hellaswag")
+        except Exception as error:  # of several HTTP libraries
+            why = " ".join(str(error).split())
+            raise InputError(f"HellaSwag: no download, give --hellaswag=PATH: {why}") from error
+    try:
+        items = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+        return [{k: item[k] for k in ("ctx", "endings", "label")} for item in items]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--hellaswag={path}: not HellaSwag's lines of JSON: {error!r}") from error
+
+
+def pairs(items: list[dict], c) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (4 items, T + 1) of context and ending behind BOS, and which of them are the ending."""
+    rows = np.full((4 * len(items), T + 1), c.bos, np.int32)
+    ending = np.zeros(rows.shape, bool)
+    for i, item in enumerate(items):
+        context = [c.bos, *data_fineweb.encode(item["ctx"].encode(), c.vocab)]
+        for j, text in enumerate(item["endings"]):
+            said = list(data_fineweb.encode((" " + text).encode(), c.vocab))[: T // 2]
+            ids = [*context[-(T + 1 - len(said)) :], *said]
+            rows[4 * i + j, : len(ids)] = ids
+            ending[4 * i + j, len(ids) - len(said) : len(ids)] = True
+    return rows, ending
+
+
+def scores(run, rows: np.ndarray, ending: np.ndarray, report=print) -> np.ndarray:
+    """Mean log likelihood of every row's ending, (n,)."""
+    c, table = run.c, model.param_table(run.c)
+    parts = {name: sharding.part(row.axes) for name, row in table.items()}
+    by_row, dtype = sharding.part(["rows"]), jnp.float32 if c.float32 else jnp.bfloat16
+
+    def local(params, rows, ending):
+        w = {n: x.astype(dtype) if "embed" in table[n].axes else x for n, x in params.items()}
+        w = {n: sharding.gathered(x, table[n].axes) for n, x in w.items()}
+        x = model.features(w, rows[:, :-1], c, run.p.views[-1])
+        z = 11.5 * model.cap(x @ w["head"].T)
+        said = jnp.take_along_axis(jax.nn.log_softmax(z), rows[:, 1:, None], -1)[..., 0]
+        return (said * ending[:, 1:]).sum(1) / ending[:, 1:].sum(1)
+
+    f = jax.jit(sharding.by_rows(run.mesh, local, (parts, by_row, by_row), by_row))
+    step = ROWS * sharding.ways(run.mesh, "rows")
+    found = []
+    for at in range(0, len(rows), step):
+        some, marks = rows[at : at + step], ending[at : at + step]
+        fill = ((0, step - len(some)), (0, 0))
+        some, marks = np.pad(some, fill), np.pad(marks, fill, constant_values=True)
+        found.append(np.asarray(f(run.params, some, marks)))
+        if at // step % 50 == 0:
+            report(f"hellaswag: {at // 4} of {len(rows) // 4}", file=sys.stderr)
+    return np.concatenate(found)[: len(rows)]
+
+
+def main(argv: list[str]):
+    mine, keys = keys_of(argv, {"hellaswag": ""})
+    run = saved(keys)
+    c, step = run.c, run.step
+    corpus = data_fineweb.open_corpus(c.data, c.vocab, c.bos)
+    rows = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
+    val = sharding.global_rows(run.mesh, len(rows), lambda first, n: rows[first : first + n])
+    view = len(c.schedule()) if step == c.steps else c.stage(step)
+    print(f"step:{step}/{c.steps} val_loss:{float(run.p.evaluate(run.params, val, view)):.4f}")
+    if mine["hellaswag"]:
+        items = questions(mine["hellaswag"])
+        best = scores(run, *pairs(items, c)).reshape(-1, 4).argmax(1)
+        right = int(sum(best == [int(item["label"]) for item in items]))
+        print(f"hellaswag: {right} of {len(items)} right, accuracy {right / len(items):.4f}")
+
+
+if __name__ == "__main__":
+    train_gpt.guarded(partial(main, sys.argv[1:]))

@@ -1,0 +1,101 @@
+"""Text from a checkpoint: ./launch sample --run=NAME [--prompt=TEXT --tokens=256 --samples=1
+--temperature=0.8 --top_k=50 --seed=0], and any key of Config that does not change the result.
+"""
+
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import numpy as np
+from jax import lax
+
+import data_fineweb
+import model
+import sharding
+import train_gpt
+from sharding import InputError
+
+
+def keys_of(argv: list[str], own: dict) -> tuple[dict, dict]:
+    """Our own keys, typed as in `own`, and those of Config."""
+    words = (word.removeprefix("--").partition("=") for word in argv)
+    keys = {name: value if given else "true" for name, given, value in words}
+    for name in keys:
+        train_gpt.choose("key", name, own | dict.fromkeys(train_gpt.FREE))
+    mine = {n: train_gpt.typed(n, keys.pop(n, default), default) for n, default in own.items()}
+    return mine, keys
+
+
+def saved(keys: dict) -> SimpleNamespace:
+    """Config, mesh, program, parameters and step of --run's newest checkpoint. InputError if none."""
+    run = Path("runs", keys.get("run", ""))
+    was, _ = train_gpt.configured(run)
+    if not was:
+        there = ", ".join(sorted(path.name for path in Path("runs").glob("*"))) or "none yet"
+        raise InputError(f"--run={keys.get('run', '')}: no such run; there are: {there}")
+    c = train_gpt.Config(**was | keys)
+    train_gpt.start(c)
+    mesh, p, _, state, meta = train_gpt.opened(c, run)
+    if not state:
+        raise InputError(f"{run} has no checkpoint yet")
+    return SimpleNamespace(c=c, mesh=mesh, p=p, params=state["params"], step=meta["step"])
+
+
+def logits_of(c, mesh, table, view):
+    """(params, tokens (B, T), i) -> capped logits (B, V) of the word after token i."""
+    parts = {name: sharding.part(row.axes) for name, row in table.items()}
+    whole = sharding.part()
+    dtype = np.float32 if c.float32 else jax.numpy.bfloat16
+
+    def local(params, tokens, i):
+        w = {n: x.astype(dtype) if "embed" in table[n].axes else x for n, x in params.items()}
+        w = {n: sharding.gathered(x, table[n].axes) for n, x in w.items()}
+        x = lax.dynamic_slice_in_dim(model.features(w, tokens, c, view), i, 1, 1)[:, 0]
+        return 11.5 + 11.5 * model.cap(x @ w["head"].T)
+
+    return jax.jit(sharding.by_rows(mesh, local, (parts, whole, whole), whole))
+
+
+def write(run, prompt: str, n: int, samples: int, temperature: float, top_k: int) -> list[str]:
+    """The prompt and n tokens that the model puts behind it. One buffer, so compiled once; every
+    token computes it all again, which at these sizes is less than a cache would take to move.
+    """
+    c, ids = run.c, [run.c.bos, *data_fineweb.encode(prompt.encode(), run.c.vocab)]
+    room, stop = -(-(len(ids) + n) // 128) * 128, len(ids) + n
+    if stop > c.val_long * 16:
+        raise InputError(f"--prompt and --tokens are {stop} tokens together, at most 16 windows")
+    view = model.View(
+        *run.p.views[-1][:4], run.p.views[-1].attend
+    )  # of the last validation, record 33
+    logits = logits_of(c, run.mesh, model.param_table(c), view)
+    tokens, rng = np.zeros((samples, room), np.int32), np.random.default_rng(c.seed)
+    tokens[:, : len(ids)] = ids
+    for i in range(len(ids), stop):
+        z = np.array(logits(run.params, tokens, i - 1), np.float32) / max(temperature, 1e-6)
+        z[z < np.sort(z)[:, -min(top_k, z.shape[1]), None]] = -np.inf
+        tokens[:, i] = np.argmax(z + (temperature > 0) * rng.gumbel(size=z.shape), 1)
+    return [data_fineweb.decode(row, c.vocab) for row in tokens[:, :stop].tolist()]
+
+
+def main(argv: list[str]):
+    own = {"prompt": "\n", "tokens": 256, "samples": 1, "temperature": 0.8, "top_k": 50}
+    mine, keys = keys_of(argv, own | {"seed": 0})
+    seed = mine.pop("seed")
+    if min(mine["tokens"], mine["samples"], mine["top_k"]) < 1:
+        raise InputError("--tokens, --samples and --top_k are at least 1")
+    run = saved(keys)
+    run.c = train_gpt.dataclasses.replace(run.c, seed=seed)
+    began, texts = time.perf_counter(), write(run, *mine.values())
+    spent = time.perf_counter() - began
+    print(*texts, sep="\n" + "-" * 100 + "\n")
+    count = mine["tokens"] * mine["samples"]
+    print(f"{count} tokens, {count / spent:.0f} tokens/s with compiling", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    train_gpt.guarded(partial(main, sys.argv[1:]))
