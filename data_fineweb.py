@@ -110,8 +110,8 @@ def decode(tokens: list[int], vocab: int) -> str:  # less those that stand for n
 
 def plan(corpus: Corpus, steps) -> list:
     """Which pieces of which tokens every row takes, for steps of (row tokens, max_doc, rows)."""
-    # Documents, cut at max_doc, until the row is full; a shard's tail that cannot fill all rows of a
-    # step is dropped, as in the record. Hub shards come as they are needed.
+    # Documents, cut at max_doc, until the row is full. A shard's tail that cannot fill all rows is
+    # dropped, as in the record.
     planned, steps, shards, filled = [], list(steps), iter(corpus.train), {}
     tokens, bounds, document = None, np.zeros(1, int), 0
     for row_tokens, max_doc, rows in steps:

@@ -62,16 +62,14 @@ def gathered(w, axes):
 
 def summed(g, axes=()):
     """A gradient, or a loss, of this device's rows summed over all rows."""
-    split = {name for axis in axes for name in RULES.get(axis, ())}
-    return lax.psum(g, [name for name in ROWS if name not in split])
+    return lax.psum(g, [n for n in ROWS if all(n not in RULES.get(axis, ()) for axis in axes)])
 
 
 def lookup(table, ids_BT, dtype):
     """Rows (B, T, D) of a table (V, D) with split columns: ids travel, and what was found."""
-    # A product puts the columns side by side, as TPUs are slow at moving them.
     found = table[lax.all_gather(ids_BT, "fsdp")].astype(dtype)  # (fsdp, B, T, D / fsdp)
     n, width = len(found), found.shape[-1]
-    where = np.eye(n * width, dtype=dtype).reshape(n, width, -1)
+    where = np.eye(n * width, dtype=dtype).reshape(n, width, -1)  # TPUs are slow at moving columns
     return jax.numpy.einsum("pbtc,pcd->btd", lax.all_to_all(found, "fsdp", 0, 0), where)
 
 
