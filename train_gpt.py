@@ -3,8 +3,7 @@
 python train_gpt.py [train] [--key=value ...] (./launch does the same, and sets up Python). Keys are
 the fields of Config, as in --preset=smoke --steps=100 --mesh=data:2,fsdp:4; without a preset it is
 speedrun where there is a GPU or TPU, else smoke, on the CPU. Other commands, with their own keys:
-sample, eval, record, plan, bench (tests/COMMAND.py).
-"""
+sample, eval, record, plan, bench (tests/COMMAND.py)."""
 
 import difflib
 import json
@@ -100,7 +99,7 @@ def choose(what: str, name: str, table):
 
 
 def typed(name: str, value, like: str):  # `value`, perhaps text, of the type that `like` has
-    kinds = {r"true|false": bool, r"\d+": int, r"\d+\.\d+": float, ".*": str}
+    kinds = {r"true|false": bool, r"\d+": int, r"\d+\.\d+": float, "(?s).*": str}
     kind = next(kind for form, kind in kinds.items() if re.fullmatch(form, like))
     try:
         return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)

@@ -5,7 +5,6 @@ ending whose tokens have the highest mean log likelihood (arXiv:1905.07830), GPT
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -19,7 +18,6 @@ from sample import keys_of, saved
 import data_fineweb
 import model
 import sharding
-import train_gpt
 from sharding import InputError
 
 REPO, FILE = "Rowan/hellaswag", "data/hellaswag_val.jsonl"
@@ -42,7 +40,7 @@ def questions(path: str) -> list[dict]:
 
 
 def pairs(items: list[dict], c) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (4 items, T + 1) of context and ending behind BOS, and which of them are the ending."""
+    """Tokens (4 items, T + 1) of context and ending behind BOS, and which are the ending."""
     rows = np.full((4 * len(items), T + 1), c.bos, np.int32)
     ending = np.zeros(rows.shape, bool)
     for i, item in enumerate(items):
@@ -99,4 +97,7 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    train_gpt.guarded(partial(main, sys.argv[1:]))
+    try:
+        main(sys.argv[1:])
+    except (InputError, data_fineweb.DataError, OSError) as error:
+        sys.exit(print(str(error).strip().splitlines()[0], file=sys.stderr) or 2)

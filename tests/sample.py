@@ -4,7 +4,6 @@
 
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,13 +25,13 @@ def keys_of(argv: list[str], own: dict) -> tuple[dict, dict]:
     words = (word.removeprefix("--").partition("=") for word in argv)
     keys = {name: value if given else "true" for name, given, value in words}
     for name in keys:
-        train_gpt.choose("key", name, own | dict.fromkeys(train_gpt.FREE))
-    mine = {n: train_gpt.typed(n, keys.pop(n, default), default) for n, default in own.items()}
+        train_gpt.choose("key", name, [*own, *train_gpt.FREE])
+    mine = {n: train_gpt.typed(n, keys.pop(n, like), str(like)) for n, like in own.items()}
     return mine, keys
 
 
 def saved(keys: dict) -> SimpleNamespace:
-    """Config, mesh, program, parameters and step of --run's newest checkpoint. InputError if none."""
+    """Config, mesh, program, parameters and step of --run's newest checkpoint, or InputError."""
     run = Path("runs", keys.get("run", ""))
     was, _ = train_gpt.configured(run)
     if not was:
@@ -69,10 +68,7 @@ def write(run, prompt: str, n: int, samples: int, temperature: float, top_k: int
     room, stop = -(-(len(ids) + n) // 128) * 128, len(ids) + n
     if stop > c.val_long * 16:
         raise InputError(f"--prompt and --tokens are {stop} tokens together, at most 16 windows")
-    view = model.View(
-        *run.p.views[-1][:4], run.p.views[-1].attend
-    )  # of the last validation, record 33
-    logits = logits_of(c, run.mesh, model.param_table(c), view)
+    logits = logits_of(c, run.mesh, model.param_table(c), run.p.views[-1])
     tokens, rng = np.zeros((samples, room), np.int32), np.random.default_rng(c.seed)
     tokens[:, : len(ids)] = ids
     for i in range(len(ids), stop):
@@ -89,7 +85,7 @@ def main(argv: list[str]):
     if min(mine["tokens"], mine["samples"], mine["top_k"]) < 1:
         raise InputError("--tokens, --samples and --top_k are at least 1")
     run = saved(keys)
-    run.c = train_gpt.dataclasses.replace(run.c, seed=seed)
+    run.c = train_gpt.Config(**vars(run.c) | {"seed": seed})
     began, texts = time.perf_counter(), write(run, *mine.values())
     spent = time.perf_counter() - began
     print(*texts, sep="\n" + "-" * 100 + "\n")
@@ -98,4 +94,7 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    train_gpt.guarded(partial(main, sys.argv[1:]))
+    try:
+        main(sys.argv[1:])
+    except (InputError, data_fineweb.DataError, OSError) as error:
+        sys.exit(print(str(error).strip().splitlines()[0], file=sys.stderr) or 2)
