@@ -97,12 +97,12 @@ def cost(text: str, pallas_speed: float = inf) -> tuple[Counter, dict, list]:
         inside = called(i, "calls") if i.op == "fusion" else ()
         for part in [i, *(part for name in inside for part in module[name])]:
             channel = re.search(r"channel_id=(\d+)", part.text)
-            if (
-                not (found := re.fullmatch(COLLECTIVE, part.op))
-                or channel
-                and channel[1] in channels
-            ):
-                continue  # several fusions can be the parts of one collective
+            if not (found := re.fullmatch(COLLECTIVE, part.op)):
+                continue
+            if part is not i and channel and channel[1] in channels:
+                continue  # several fusions can be the parts of one; else CPUs share a channel
+            if re.search(r"replica_groups=(\{\{\d+\}|\[\d+,1\]<)", part.text):
+                continue  # of each device with itself: CPUs leave them in
             channels.add(channel and channel[1])
             given = sum(size(types.get(name, "")) for name in re.findall(r"%([\w.-]+)", part.args))
             got = size(part.type) - (given if found[2] else 0)  # a start returns its operands, too

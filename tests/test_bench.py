@@ -1,0 +1,68 @@
+"""The benchmark: its columns, what it counts, and that it makes up no peak."""
+
+import csv
+import re
+
+import jax
+import pytest
+
+import bench
+import train_gpt
+
+TINY = (
+    "--preset=smoke --cpu_devices=8 --width=16 --heads=2 --bigram_rows=64 --layers=pvs,k,b".split()
+)
+
+
+def test_table_csv_and_trace(tmp_path, capsys):
+    path, was = tmp_path / "bench.csv", jax.config.jax_compilation_cache_dir
+    argv = ["--mesh=fsdp:4", "--device_rows=2", f"--profile={tmp_path}"]
+    try:
+        bench.main([*TINY, *argv, f"--csv={path}"])
+    finally:
+        jax.config.update("jax_compilation_cache_dir", was)
+        jax.config.update("jax_default_matmul_precision", None)
+    out, (row, *costs) = capsys.readouterr().out, list(csv.DictReader(path.open()))
+    assert "bench: smoke stage 0 on 4 x cpu" in out and "device_rows" in out
+    assert row["MFU"] == "unknown" and row["says"] == "compiler"
+    assert float(row["tokens/s"]) == pytest.approx(1000 * 768 / float(row["step ms"]))
+    assert float(row["compile s"]) > 0.1 and float(row["first ms"]) > 0
+    assert list(tmp_path.rglob("*.xplane.pb"))
+    assert {r["mesh"] for r in costs} == {"fsdp:4"} and float(costs[0]["state MB"]) > 0
+    count = {r["collective"]: float(r["count"]) for r in costs if r["of"] == "gradients"}
+    assert count["reduce-scatter"] == 5 and count["all-gather"] >= 5  # each of the weights
+
+
+def test_what_is_counted_and_a_wrong_stage_is_named():
+    c = train_gpt.Config(preset="smoke", width=16, heads=2, bigram_rows=64, layers="pvs,k,b")
+    p = train_gpt.program(c, train_gpt.sharding.make_mesh("fsdp:1"))
+    D, W = 16, 16  # a paired layer has rows of twice the tokens
+    keys = sum(min(t, W) + 1 for t in range(192)) / 192 + sum(min(t, W) + 1 for t in range(96)) / 96
+    matmuls = 2 * 4 * D * D + 3 * 2 * 4 * D * D + 264 * D
+    assert bench.flops_per_token(c, p, 0) == pytest.approx(6 * matmuls + 12 * D * keys)
+    assert bench.held(p.like["params"]) == sum(x.size * 4 for x in p.like["params"].values())
+    split = train_gpt.program(c, train_gpt.sharding.make_mesh("fsdp:4"))
+    assert 3 * bench.held(split.like) < bench.held(p.like) < 4 * bench.held(split.like)
+    with pytest.raises(train_gpt.InputError, match="--stage '7'"):
+        bench.main([*TINY, "--stage=7"])
+
+
+def test_memory_that_runs_out_ends_the_table(monkeypatch, capsys):
+    def measure(c, stage, profile):
+        if c.device_rows > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: so much")
+        return {"device_rows": str(c.device_rows)}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(train_gpt, "start", lambda c: None)
+    bench.main([*TINY, "--mesh=fsdp:1"])
+    out = capsys.readouterr().out
+    assert "out of device memory behind device_rows=2" in out and re.search(r"\n +2\n", out)
+
+
+def test_peaks_are_of_known_chips_alone():
+    assert bench.peak("NVIDIA H100 80GB HBM3") == bench.peak("NVIDIA H200") == 989e12
+    assert bench.peak("TPU v5 lite") == 197e12 and bench.peak("TPU v5") == 459e12
+    assert bench.peak("TPU v6 lite") == 918e12 and bench.peak("NVIDIA A100-SXM4-80GB") == 312e12
+    for kind in ("cpu", "NVIDIA H100 PCIe", "NVIDIA H200 NVL", "TPU v9", "NVIDIA GH200 480GB"):
+        assert bench.peak(kind) is None
