@@ -1,0 +1,150 @@
+"""Checks and times what a GPU makes of this code: python tests/gpu_check.py [--cpu] [--seconds=570]
+
+For one H100 or H200, ten minutes at most. NOT RUN ON A GPU YET: only at tiny sizes, with --cpu.
+A process for each check; status 0 if the first two pass, on which training relies.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bench
+import model
+import parity
+import train_gpt
+
+RECORD = 569_000  # tokens/s per GPU in its log, on 8 H100
+say = lambda what, how, result: print(f"{what:40} {how:8} {result}", flush=True)
+rms = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))  # relative; b is float32
+cost = lambda e, ms, than: f"{e[0]:.1e}, {max(e[1:]):.1e}, {ms:.2f} ms, {than / ms:.1f} x as fast"
+public = partial(jax.nn.dot_product_attention, scale=1.0, is_causal=True, implementation="cudnn")
+
+
+def losses(kind: str, bars: dict, steps: int, tiny: bool) -> int:  # against the record's own
+    float32, steps = kind == "float32", 1 if tiny else steps
+    jax.config.update("jax_default_matmul_precision", "highest" if float32 else None)
+    data = Path(__file__).with_name("data") / "A"  # from a CPU, in float32
+    worst = parity.run(data, steps=steps, report=len, float32=float32)
+    passed = all(worst[kind] <= bar for kind, bar in bars.items())  # not with NaN
+    errors = ", ".join(f"{kind} {worst[kind]:.1e} of {bar:.0e}" for kind, bar in bars.items())
+    say(f"{kind}: {steps} steps of the record", "pass" if passed else "FAIL", errors)
+    return 0 if passed else 3
+
+
+def milliseconds(f, *args) -> float:  # of a call among many
+    for _ in range(2):  # the first time is for warming up
+        began = time.perf_counter()
+        jax.block_until_ready([f(*args) for _ in range(5)])
+    return 200 * (time.perf_counter() - began)
+
+
+def private(q, k, v, lengths, starts, W: int):  # cuDNN's for documents, not in JAX's public API
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    more = {"q_seqlen": lengths, "kv_seqlen": lengths, "q_offsets": starts, "kv_offsets": starts}
+    more |= {"mask_type": cudnn.MaskType.PADDING_CAUSAL, "sliding_window_length": W + 1}
+    return cudnn.dot_product_attention(q, k, v, scale=1.0, **more)
+
+
+@partial(jax.jit, static_argnums=0)
+def both(f, more, q, k, v, do):  # output and gradients
+    o, pull = jax.vjp(lambda q, k, v: f(q, k, v, *more), q, k, v)
+    return o, *pull(do)
+
+
+def attention(tiny: bool):  # cuDNN's, and `attend`, against it in float32; q as the model scales it
+    sizes = (2048, 128), (4096, 384), (8192, 896), (16384, 1664), (16384, 128)
+    for T, W in [(256, 32)] if tiny else sizes:
+        rng, shape = np.random.default_rng(T), (2, 2, T, 32) if tiny else (16384 // T, 6, T, 128)
+        args = [jnp.asarray(s * rng.normal(size=shape), jnp.bfloat16) for s in (0.1, 1, 1, 1)]
+        turned = [x.swapaxes(1, 2) for x in args]  # cuDNN's layout
+        rows = [np.flatnonzero((rng.random(T) < 1 / 400) | (np.arange(T) == 0)) for _ in args[0]]
+        ids = jnp.array([np.searchsorted(x, np.arange(T), "right") for x in rows])
+        n = max(map(len, rows)) + 1  # one alone would not be the packed form; unused ones are -1
+        fill = lambda x, n: [*x, *[-1] * (n - len(x))]
+        lengths = jnp.array([fill(np.diff([*x, T]), n) for x in rows], jnp.int32)
+        starts = jnp.array([fill(x, n + 1) for x in rows], jnp.int32)  # without the ends
+        one = "one document", ids * 0, partial(public, local_window_size=(W, 0)), ()
+        for kind, doc, f, more in one, ("documents", ids, partial(private, W=W), (lengths, starts)):
+            ours, name = partial(model.attend, window=W, P=1), f"{T} tokens, window {W}, {kind}"
+            with jax.default_matmul_precision("highest"):
+                want = both(ours, (doc,), *(x.astype(jnp.float32) for x in args))
+            off = [rms(*pair) for pair in zip(both(ours, (doc,), *args), want)]
+            slow = milliseconds(both, ours, (doc,), *args)
+            say(name, "", f"attend: {cost(off, slow, slow)}")
+            try:
+                errors = [rms(a.swapaxes(1, 2), b) for a, b in zip(both(f, more, *turned), want)]
+                close = all(a <= 2 * b + 2e-3 for a, b in zip(errors, off))
+                fast = milliseconds(both, f, more, *turned)
+                say(name, "agrees" if close else "DIFFERS", f"cuDNN: {cost(errors, fast, slow)}")
+            except Exception as error:  # a private call may raise anything
+                say(name, "", "cuDNN skipped: no GPU" if tiny else f"cuDNN: {str(error)[:200]!r}")
+
+
+def fp8(tiny: bool):  # the head's product forwards
+    M, V, D = (64, 128, 64) if tiny else (16384, 50304, 768)
+    x, w = (jax.random.normal(jax.random.key(n), (n, D), jnp.bfloat16) for n in (M, V))
+    product = lambda x, w: jnp.einsum("td,vd->tv", x, w, preferred_element_type=jnp.bfloat16)
+    small = lambda x: x.astype(jnp.float8_e4m3fn)  # x and w are small: beyond 448 it would be NaN
+    ways = {"bfloat16": (product, x, w), "e4m3": (product, small(x), small(w))}
+    ways["e4m3 with casts"] = lambda x, w: product(small(x), small(w)), x, w
+    want = np.asarray(x[:999], np.float32) @ np.asarray(w, np.float32).T
+    for name, (f, *args) in ways.items():
+        ms, e = milliseconds(f := jax.jit(f), *args), rms(f(*args)[:999], want)
+        say(f"head in {name}", "", f"{e:.1e}, {ms:.2f} ms, {2e-9 * M * V * D / ms:,.0f} TFLOP/s")
+
+
+def stage(i: int, rows: int, tiny: bool):  # its speed and memory on one device
+    small = {"preset": "smoke", "width": 16, "heads": 2, "layers": "pvs,k,b", "bigram_rows": 64}
+    c = train_gpt.Config(**small if tiny else {}, mesh="fsdp:1", device_rows=rows)
+    train_gpt.start(c)
+    row = bench.measure(c, i)
+    result = f"{row['tokens/s']:,.0f} tokens/s, {row['tokens/s'] / RECORD:.1%} of the record's"
+    result += f", {row['step ms']:.1f} ms, MFU {row['MFU']}, {row['peak GiB']:.1f} GiB"
+    say(f"{c.preset} stage {i}, {rows} rows at once", "", result)
+
+
+CHECKS = {"float32": partial(losses, "float32", parity.BARS, 6)}
+CHECKS |= {"bfloat16": partial(losses, "bfloat16", {"loss": 1e-3, "gradient": 0.1}, 2)}
+CHECKS |= {"stage 0": partial(stage, 0, 1), "attention": attention, "fp8": fp8}
+LARGE = {f"stage {i}": partial(stage, i, 1) for i in (3, 1, 2)} | {"4 rows": partial(stage, 0, 4)}
+
+
+def check(name: str, argv: list[str], end: float) -> bool:
+    command = [sys.executable, "-W", "ignore", __file__, f"--check={name}", *argv]
+    limit = ["timeout", "-k", "5", str(max(1, end - time.monotonic()))]
+    done = subprocess.run(limit + command, stderr=subprocess.PIPE, text=True)
+    if done.returncode not in (0, 3):  # 124: out of time
+        errors = [line for line in done.stderr.splitlines() if "Error" in line]
+        say(name, "", f"failed: {[f'status {done.returncode}', *errors][-1]}")
+    return done.returncode == 0
+
+
+def main(argv: list[str]) -> int:
+    keys = dict(word.partition("=")[::2] for word in argv)
+    tiny, end = "--cpu" in keys, time.monotonic() + float(keys.get("--seconds", 570))
+    if not tiny and train_gpt.accelerator() != "GPU":
+        sys.exit("gpu_check: no GPU here; --cpu goes through it at tiny sizes")
+    jax.config.update("jax_platforms", "cpu" if tiny else "cuda")  # no silent fall to the CPU
+    if "--check" in keys:
+        return (CHECKS | LARGE)[keys["--check"]](tiny=tiny) or 0
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the first two share the GPU
+    run, names = partial(check, argv=argv, end=end), [*CHECKS, *({} if tiny else LARGE)]
+    passed = all([*ThreadPoolExecutor(2).map(run, names[:2])])
+    for name in names[2:]:
+        run(name)
+    return print("gpu_check:", "passed" if passed else "FAILED") or int(not passed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
