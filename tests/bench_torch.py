@@ -79,7 +79,7 @@ def torch_step(c, B: int, compiled: bool):
             x = x + torch.square(torch.relu(norm(x) @ up.T)) @ down.T
         return torch.mean(torch.square(x - y))
 
-    f = torch.compile(loss, dynamic=False) if compiled else loss
+    f = torch.compile(loss, options={"force_disable_caches": True}) if compiled else loss
 
     def step() -> float:
         value = f(weights, x, y)
@@ -125,7 +125,9 @@ def main(argv: list[str]):
     c, rows = parser.parse_args(argv), []
     if c.side:
         return side(c.side, c, int(c.batches))
-    if subprocess.run([c.torch_python, "-c", "import torch"], capture_output=True).returncode:
+    if subprocess.run(
+        ["env", c.torch_python, "-c", "import torch"], capture_output=True
+    ).returncode:
         sys.exit(f"no PyTorch in {c.torch_python}: pip install torch, or --torch_python=PATH")
     for B, name in product(c.batches.split(","), SIDES):
         command = [c.torch_python if "torch" in name else sys.executable, __file__, *argv]
