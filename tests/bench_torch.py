@@ -94,8 +94,7 @@ def torch_step(c, B: int, compiled: bool):
 def side(name: str, c, B: int):  # one measurement, as a line of JSON
     step, times = (jax_step if name == "jax" else torch_step)(c, B, "compile" in name), []
     for _ in range(c.steps + 1):
-        began = time.perf_counter()
-        loss = step()
+        began, loss = time.perf_counter(), step()
         times.append(time.perf_counter() - began)
     steady = statistics.median(times[1:])
     row = {"batch": B, "side": name, "first s": times[0], "warm-up s": times[0] - steady}
@@ -125,9 +124,8 @@ def main(argv: list[str]):
     c, rows = parser.parse_args(argv), []
     if c.side:
         return side(c.side, c, int(c.batches))
-    if subprocess.run(
-        ["env", c.torch_python, "-c", "import torch"], capture_output=True
-    ).returncode:
+    test = subprocess.run(["env", c.torch_python, "-c", "import torch"], capture_output=True)
+    if test.returncode:
         sys.exit(f"no PyTorch in {c.torch_python}: pip install torch, or --torch_python=PATH")
     for B, name in product(c.batches.split(","), SIDES):
         command = [c.torch_python if "torch" in name else sys.executable, __file__, *argv]
