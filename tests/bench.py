@@ -6,7 +6,6 @@ With 1, 2, 4, ... rows per device at once, or --device_rows alone; then what eac
 """
 
 import csv
-import dataclasses
 import re
 import statistics
 import sys
@@ -85,7 +84,7 @@ def measure(c, stage: int = 0, profile: str = "") -> dict:
     """A row of the table, with c.device_rows rows per device at once."""
     p, mesh, rows, (gradients, update), seconds = compiled(c, stage)
     (first, _, s), times = c.schedule()[stage], []
-    state = jax.block_until_ready(p.init(jax.random.key(c.seed)))
+    state = jax.block_until_ready(p.init(c.seed))
     for i in range(14 if profile else 11):
         if i == 11:
             jax.profiler.start_trace(f"{profile}/stage{stage}-device_rows{c.device_rows}")
@@ -128,9 +127,11 @@ def main(argv: list[str]):
     print(f"bench: {c.preset} stage {stage} on {mesh.size} x {jax.devices()[0].device_kind}")
     try:
         for n in sizes:
-            rows.append(measure(dataclasses.replace(c, device_rows=n), stage, profile))
+            rows.append(measure(train_gpt.Config(**vars(c) | {"device_rows": n}), stage, profile))
         for name in meshes.split(";") if meshes else [c.mesh]:
-            costs += layout(dataclasses.replace(c, device_rows=sizes[0], mesh=name), stage)
+            costs += layout(
+                train_gpt.Config(**vars(c) | {"device_rows": sizes[0], "mesh": name}), stage
+            )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or not rows:
             raise

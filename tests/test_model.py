@@ -1,7 +1,5 @@
 """What the network must not do, and what its tables promise."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +11,19 @@ import train_gpt
 
 TINY = {"width": 32, "heads": 2, "bigram_rows": 64, "device_rows": 8}
 C = train_gpt.Config(preset="smoke", **TINY)
+ONE = sharding.make_mesh("fsdp:1")
+
+
+def with_keys(c, **keys):
+    return train_gpt.Config(**vars(c) | keys)
+
+
+def features(w, ids, c, view):
+    """As on one device: the model's communication needs a mesh."""
+    f = sharding.by_rows(
+        ONE, lambda w, ids: model.features(w, ids, c, view), sharding.part(), sharding.part()
+    )
+    return jax.jit(f)(w, ids)  # else it would run operation by operation
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +46,7 @@ def test_no_token_sees_the_future(weights):
 
     def at(scale, t):
         w = weights | {"embed": weights["embed"]}
-        x = model.features(w | {"embed": scale[0][:, None] * w["embed"][FIRST[0]]}, ids, C, VIEW)
+        x = features(w | {"embed": scale[0][:, None] * w["embed"][FIRST[0]]}, ids, C, VIEW)
         return (x[0, t] ** 2).sum()
 
     ids = jnp.arange(64)[None] % 64  # position i looks up row i of the scaled table
@@ -46,10 +57,10 @@ def test_no_token_sees_the_future(weights):
 
 def test_documents_do_not_see_each_other(weights):
     """But for smear, the bigram and the key shift of long layers, which look one token back."""
-    w, c = weights | {"smear": jnp.zeros(())}, dataclasses.replace(C, layers="pv,s,k,b,v")
+    w, c = weights | {"smear": jnp.zeros(())}, with_keys(C, layers="pv,s,k,b,v")
     tokens = FIRST.at[0, 32].set(C.bos)
     other = tokens.at[0, :31].set((tokens[0, :31] + 7) % 256)
-    q = lambda ids: model.features(w, ids, c, VIEW)[0]
+    q = lambda ids: features(w, ids, c, VIEW)[0]
     a, b = q(tokens), q(other)
     assert jnp.abs(a[:31] - b[:31]).max() > 1e-3
     np.testing.assert_allclose(a[34:], b[34:], atol=1e-6)
@@ -93,7 +104,7 @@ def test_schedule_scales_with_steps():
         3,
         3,
     ]
-    half = dataclasses.replace(c, steps=745)
+    half = with_keys(c, steps=745)
     assert [end for _, end, _ in half.schedule()] == [242, 484, 725, 745]
 
 
@@ -108,7 +119,7 @@ def test_same_gradients_for_any_mesh_and_accumulation():
         ("fsdp:4,tensor:2", 2),
         ("data:2,fsdp:2,tensor:2", 1),
     ):
-        c = dataclasses.replace(C, device_rows=device_rows)
+        c = with_keys(C, device_rows=device_rows)
         p = train_gpt.program(c, sharding.make_mesh(mesh))
         state = p.init(0)
         loss, grads = p.gradients(state["params"], rows, 3, 0)
@@ -116,3 +127,60 @@ def test_same_gradients_for_any_mesh_and_accumulation():
         got = float(loss), float(norm), float(new["params"]["up"][0, 0, 0])
         want = want or got
         np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("P, window, T", [(1, 128, 512), (2, 200, 256), (1, 300, 1024)])
+def test_the_kernel_of_a_tpu_sees_the_same(P, window, T, monkeypatch):
+    """Interpreted on the CPU: forward and gradients, documents, pairs of heads that share keys."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as tpu
+
+    make = tpu.make_splash_mha_single_device
+    monkeypatch.setattr(
+        tpu, "make_splash_mha_single_device", lambda *a, **k: make(*a, **k, interpret=True)
+    )
+    model.splash_kernel.cache_clear()
+    keys = jax.random.split(jax.random.key(P), 4)
+    q, k, v, weight = (jax.random.normal(key, (2, 2 * P, T, 128)) for key in keys)
+    doc = jnp.cumsum(jax.random.bernoulli(keys[0], 0.01, (2, T)), 1)
+
+    def run(f):
+        value = lambda q, k, v: (f(0.1 * q, k, v, doc, window, P) * weight).sum()
+        local = jax.value_and_grad(value, (0, 1, 2))
+        return jax.jit(sharding.by_rows(ONE, local, sharding.part(), sharding.part()))(q, k, v)
+
+    for a, b in zip(jax.tree.leaves(run(model.splash)), jax.tree.leaves(run(model.attend))):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+    model.splash_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("P, window, T", [(1, 9, 64), (2, 13, 32), (1, 40, 96)])
+def test_plain_attention_is_what_it_says(P, window, T):
+    """Against every query and key written out, with and without pairs."""
+    keys = jax.random.split(jax.random.key(T), 3)
+    q, k, v = (jax.random.normal(key, (2, 4, T, 8)) for key in keys)
+    doc = jnp.cumsum(jax.random.bernoulli(keys[0], 0.1, (2, T)), 1)
+    rows = lambda x: x.reshape(2, 4 // P, P, T, 8).swapaxes(2, 3).reshape(2, 4 // P, P * T, 8)
+    logits = jnp.einsum("bhqk,bhsk->bhqs", rows(q), rows(k))
+    i, docs = np.arange(P * T), jnp.repeat(doc, P, 1)
+    seen = (i[:, None] >= i) & (i[:, None] - i <= window)
+    seen = seen & (docs[:, None, :, None] == docs[:, None, None])
+    o = jax.nn.softmax(jnp.where(seen, logits, -1e30)) @ rows(v)
+    want = o.reshape(2, 4 // P, T, P, 8).swapaxes(2, 3).reshape(2, 4, T, 8)
+    np.testing.assert_allclose(model.attend(q, k, v, doc, window, P), want, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_reduce_scattered_and_tables_stay():
+    """In the compiled program: what shard_map asked for, and no whole table anywhere."""
+    c = with_keys(C, bigram_rows=776, device_rows=1)
+    p = train_gpt.program(c, sharding.make_mesh("fsdp:8"))
+    rows = sharding.global_rows(
+        sharding.make_mesh("fsdp:8"), 8, lambda a, n: np.zeros((n, 97), np.uint16)
+    )
+    text = p.gradients.lower(p.like["params"], rows, 0, 0).compile().as_text()
+    scattered = [line for line in text.splitlines() if " reduce-scatter(" in line]
+    assert len(scattered) >= 4  # qkv, out, up, down, perhaps together, and the head
+    assert "[776,32]" not in text and f"[{c.vocab},2,32]" not in text
+    whole_banks = [
+        line for line in text.splitlines() if " all-reduce(" in line and "[5,128,32]" in line
+    ]
+    assert not whole_banks
