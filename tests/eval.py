@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import hf_hub_download
-from sample import keys_of, saved
 
 import data_fineweb
 import model
 import sharding
+from sample import keys_of, saved
 from sharding import InputError
 
 REPO, FILE = "Rowan/hellaswag", "data/hellaswag_val.jsonl"

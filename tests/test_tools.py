@@ -65,6 +65,7 @@ def test_refused_in_one_line(folder, args, says):
 def test_hellaswag_of_a_model_whose_answers_are_known(tmp_path, monkeypatch):
     """A head that always says the same letter: the ending with the most of it wins."""
     import eval as tool
+
     from sample import saved  # noqa: F401  the module is importable without starting anything
 
     keys = dict(word[2:].split("=") for word in TINY if "run" not in word)
