@@ -30,3 +30,11 @@ def test_launch_is_sound_bash_and_passes_on_arguments_and_status(tmp_path):
         ["bash", tmp_path / "launch", "train", "--a=b c"], env=env, capture_output=True, text=True
     )
     assert done.returncode == 75 and "['train', '--a=b c']" in done.stdout
+
+
+def test_the_readme_has_every_key_and_command():
+    text = (ROOT / "README.md").read_text()
+    names = [word.split("=")[0] for word in train_gpt.KEYS.split()]
+    assert all(f"`{name}`" in text for name in names)
+    assert all((ROOT / f"tests/{name}.py").exists() for name in train_gpt.COMMANDS[1:])
+    assert all(f"./launch {name}" in text for name in train_gpt.COMMANDS[1:])
