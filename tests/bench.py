@@ -55,8 +55,13 @@ def flops_per_token(c, p, stage: int) -> float:
     return flops
 
 
+def compiled(c, stage):
+    return compiled_of(tuple(vars(c).items()), stage)
+
+
 @lru_cache(8)  # so that the table of meshes does not compile again
-def compiled(c, stage: int):  # -> program, mesh, rows, compiled gradients and update, seconds
+def compiled_of(keys, stage):  # -> program, mesh, rows, compiled gradients and update, seconds
+    c, stage = train_gpt.Config(**dict(keys)), int(stage)
     mesh, (first, _, s) = sharding.make_mesh(c.mesh), c.schedule()[stage]
     p, rng = train_gpt.program(c, mesh), np.random.default_rng(0)
     tokens = rng.integers(0, c.vocab, (c.rows, s.tokens // c.rows + 1), np.uint16)
@@ -119,7 +124,7 @@ def main(argv: list[str]):
     profile, path, meshes = (keys.pop(name, "") for name in ("profile", "csv", "meshes"))
     stage = keys.pop("stage", "0")
     c, rows, costs = train_gpt.Config(**keys), [], []
-    stage = train_gpt.choose("--stage", stage, {str(i): i for i in range(len(c.schedule()))})
+    stage = int(train_gpt.choose("--stage", stage, [str(i) for i in range(len(c.schedule()))]))
     train_gpt.start(c)
     jax.config.update("jax_compilation_cache_dir", None)  # compiling is timed, too
     most = max(1, c.rows // sharding.ways(mesh := sharding.make_mesh(c.mesh), "rows"))

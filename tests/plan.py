@@ -156,7 +156,7 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str]) -> int:
     keys = {name.removeprefix("--"): v for name, _, v in (word.partition("=") for word in argv)}
     topology, only, path = (keys.pop(name, "") for name in ("topology", "only", "csv"))
-    most, c = train_gpt.typed("top", keys.pop("top", 15), 15), train_gpt.Config(**keys)
+    most, c = train_gpt.typed("top", keys.pop("top", 15), "15"), train_gpt.Config(**keys)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_default_matmul_precision", "highest" if c.float32 else None)
     chips, chip = slice_of(topology)
