@@ -190,7 +190,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
     state_at = jax.tree.map(lambda leaf: leaf.sharding, like)
     jits = {"init": jax.jit(init, out_shardings=state_at)}
     jits["gradients"] = jax.jit(gradients, static_argnums=3, out_shardings=(None, at))
-    jits["update"] = jax.jit(update, donate_argnums=(0, 1), out_shardings=(state_at, None))
+    jits["update"] = jax.jit(update, donate_argnums=0, out_shardings=(state_at, None))
     jits["evaluate"] = jax.jit(evaluate, static_argnums=2)
     return SimpleNamespace(like=like, views=views, **jits)
 
