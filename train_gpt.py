@@ -192,7 +192,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
     jits["gradients"] = jax.jit(gradients, static_argnums=3, out_shardings=(None, at))
     jits["update"] = jax.jit(update, donate_argnums=0, out_shardings=(state_at, None))
     jits["evaluate"] = jax.jit(evaluate, static_argnums=2)
-    return SimpleNamespace(like=like, views=views, **jits)
+    return SimpleNamespace(like=like, views=views, use=use, parts=parts, **jits)
 
 
 class Journal:

@@ -55,19 +55,16 @@ def pairs(items: list[dict], c) -> tuple[np.ndarray, np.ndarray]:
 
 def scores(run, rows: np.ndarray, ending: np.ndarray, report=print) -> np.ndarray:
     """Mean log likelihood of every row's ending, (n,)."""
-    c, table = run.c, model.param_table(run.c)
-    parts = {name: sharding.part(row.axes) for name, row in table.items()}
-    by_row, dtype = sharding.part(["rows"]), jnp.float32 if c.float32 else jnp.bfloat16
+    by_row = sharding.part(["rows"])
 
     def local(params, rows, ending):
-        w = {n: x.astype(dtype) if "embed" in table[n].axes else x for n, x in params.items()}
-        w = {n: sharding.gathered(x, table[n].axes) for n, x in w.items()}
-        x = model.features(w, rows[:, :-1], c, run.p.views[-1])
+        w = run.p.use(params)
+        x = model.features(w, rows[:, :-1], run.c, run.p.views[-1])
         z = 11.5 * model.cap(x @ w["head"].T)
         said = jnp.take_along_axis(jax.nn.log_softmax(z), rows[:, 1:, None], -1)[..., 0]
         return (said * ending[:, 1:]).sum(1) / ending[:, 1:].sum(1)
 
-    f = jax.jit(sharding.by_rows(run.mesh, local, (parts, by_row, by_row), by_row))
+    f = jax.jit(sharding.by_rows(run.mesh, local, (run.p.parts, by_row, by_row), by_row))
     step = ROWS * sharding.ways(run.mesh, "rows")
     found = []
     for at in range(0, len(rows), step):

@@ -45,19 +45,17 @@ def saved(keys: dict) -> SimpleNamespace:
     return SimpleNamespace(c=c, mesh=mesh, p=p, params=state["params"], step=meta["step"])
 
 
-def logits_of(c, mesh, table, view):
+def logits_of(run):
     """(params, tokens (B, T), i) -> capped logits (B, V) of the word after token i."""
-    parts = {name: sharding.part(row.axes) for name, row in table.items()}
     whole = sharding.part()
-    dtype = np.float32 if c.float32 else jax.numpy.bfloat16
 
     def local(params, tokens, i):
-        w = {n: x.astype(dtype) if "embed" in table[n].axes else x for n, x in params.items()}
-        w = {n: sharding.gathered(x, table[n].axes) for n, x in w.items()}
-        x = lax.dynamic_slice_in_dim(model.features(w, tokens, c, view), i, 1, 1)[:, 0]
+        w = run.p.use(params)
+        x = model.features(w, tokens, run.c, run.p.views[-1])
+        x = lax.dynamic_slice_in_dim(x, i, 1, 1)[:, 0]
         return 11.5 + 11.5 * model.cap(x @ w["head"].T)
 
-    return jax.jit(sharding.by_rows(mesh, local, (parts, whole, whole), whole))
+    return jax.jit(sharding.by_rows(run.mesh, local, (run.p.parts, whole, whole), whole))
 
 
 def write(run, prompt: str, n: int, samples: int, temperature: float, top_k: int) -> list[str]:
@@ -68,7 +66,7 @@ def write(run, prompt: str, n: int, samples: int, temperature: float, top_k: int
     room, stop = -(-(len(ids) + n) // 128) * 128, len(ids) + n
     if stop > c.val_long * 16:
         raise InputError(f"--prompt and --tokens are {stop} tokens together, at most 16 windows")
-    logits = logits_of(c, run.mesh, model.param_table(c), run.p.views[-1])
+    logits = logits_of(run)
     tokens, rng = np.zeros((samples, room), np.int32), np.random.default_rng(c.seed)
     tokens[:, : len(ids)] = ids
     for i in range(len(ids), stop):

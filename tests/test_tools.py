@@ -1,26 +1,18 @@
 """sample and eval: what they say of a run, and what they refuse."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import commands
 import data_fineweb
 import sharding
 import train_gpt
+from commands import run
 
-ROOT = Path(__file__).parent.parent
-TINY = "--preset=smoke --width=32 --heads=2 --bigram_rows=64 --val_tokens=8192".split()
-TINY += ["--val_row_tokens=1024", "--layers=vls,k,b", "--steps=4", "--val_every=2", "--run=a"]
-
-
-def run(folder, *args):
-    command = [sys.executable, ROOT / "train_gpt.py", *args]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+TINY = [*commands.TINY, "--layers=vls,k,b", "--steps=4", "--val_every=2", "--run=a"]
 
 
 @pytest.fixture(scope="module")

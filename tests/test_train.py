@@ -6,24 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import train_gpt
+from commands import ROOT, TINY, run
 
-ROOT = Path(__file__).parent.parent
-TINY = "--preset=smoke --width=32 --heads=2 --bigram_rows=64 --val_tokens=8192".split()
-TINY += ["--val_row_tokens=1024"]
 LINE = re.compile(
     r"^step:\d+/\d+ (val|train)_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$"
 )
-
-
-def run(folder, *args):
-    command = [sys.executable, ROOT / "train_gpt.py", *args]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
