@@ -106,35 +106,34 @@ def bigram_hash(tokens_BT, R: int):
 
 
 def attend(q, k, v, doc, window: int, P: int):
-    """Attention of (B, H, T, K) to the same document, `window` tokens back and never ahead.
-    If P is 2, heads 2 h and 2 h + 1 are tokens 2 t and 2 t + 1 of one row (record 58).
+    """Attention of (B, H, P T, K) to the same document, `window` tokens back and never ahead; what
+    token t P + p of the P T has is at p T + t, as if P heads stood one behind the other.
     """
-    (B, H, T, K), reach = q.shape, -(-window // P)
-    block = math.gcd(T, 1 << max(5, min(9, (reach // 2).bit_length())))
-    back = -(-reach // block)
-    span = (back + 1) * block  # what a block of queries sees: memory grows with T x window
+    (B, H, N, K), f32 = q.shape, jnp.float32
+    block = math.gcd(N, 1 << max(5, min(9, (window // 2).bit_length())))
+    back = -(-window // block)
+    span = (back + 1) * block  # what a block of queries sees: memory grows with N x window
 
-    def band(x, fill=0):  # (B, T, ...) -> (B, N, span, ...), N = T / block
+    def band(x, fill=0):  # (B, N, ...) -> (B, N / block, span, ...)
         ahead = [(0, 0), (back * block, 0)] + [(0, 0)] * (x.ndim - 2)
         x = jnp.pad(x, ahead, constant_values=fill).reshape(B, -1, block, *x.shape[2:])
-        return jnp.concatenate([x[:, j : j + T // block] for j in range(back + 1)], 2)
+        return jnp.concatenate([x[:, j : j + N // block] for j in range(back + 1)], 2)
 
-    at = lambda n: P * jnp.arange(n) + jnp.arange(P)[:, None]  # (P, n)
-    away = P * back * block + at(block)[..., None, None] - at(span)
-    same = doc.reshape(B, -1, 1, block, 1, 1) == band(doc, -1)[:, :, None, None, None]
-    seen = (away >= 0) & (away <= window) & same  # (B, N, P, block, P, span)
+    away, doc = back * block + np.subtract.outer(range(block), range(span)), jnp.repeat(doc, P, 1)
+    same = doc.reshape(B, -1, block, 1) == band(doc, -1)[:, :, None]
+    seen = (away >= 0) & (away <= window) & same  # (B, N / block, block, span)
 
     @jax.checkpoint
-    def heads(qkv):  # (B, P, T, K) each
-        k, v = (jax.vmap(band, 1, 1)(x) for x in qkv[1:])
-        q, f32 = qkv[0].reshape(B, P, -1, block, K), jnp.float32
-        logits = jnp.einsum("bpnqk,brnsk->bnpqrs", q, k, preferred_element_type=f32)
-        p = jax.nn.softmax(jnp.where(seen, logits, -1e30), (-2, -1)).astype(v.dtype)
-        return jnp.einsum("bnpqrs,brnsk->bpnqk", p, v).reshape(B, P, T, K)
+    def head(qkv):  # (B, N, K) each
+        q, (k, v) = qkv[0].reshape(B, -1, block, K), map(band, qkv[1:])
+        logits = jnp.einsum("bnqk,bnsk->bnqs", q, k, preferred_element_type=f32)
+        p = jax.nn.softmax(jnp.where(seen, logits, -1e30)).astype(v.dtype)
+        return jnp.einsum("bnqs,bnsk->bnqk", p, v).reshape(B, N, K)
 
-    qkv = [x.reshape(B, -1, P, T, K).swapaxes(0, 1) for x in (q, k, v)]
-    o = lax.map(heads, qkv, batch_size=max(1, 2**27 // (B * T * span * P * P)))
-    return o.swapaxes(0, 1).reshape(B, H, T, K)
+    turn = lambda x, P: x.reshape(B, H, P, -1, K).swapaxes(2, 3).reshape(B, H, N, K)
+    qkv = [turn(x, P).swapaxes(0, 1) for x in (q, k, v)]
+    o = lax.map(head, qkv, batch_size=max(1, 2**27 // (B * N * span)))
+    return turn(o.swapaxes(0, 1), N // P)
 
 
 @cache
@@ -162,11 +161,10 @@ def splash_kernel(H: int, T: int, window: int, P: int):
 
 def splash(q, k, v, doc, window: int, P: int):
     """What `attend` computes, on a TPU, where its kernel takes the sizes."""
-    B, H, T, K = q.shape
-    if T % 128 or K % 128 or jax.sharding.get_abstract_mesh().shape["tensor"] > 1:
+    _, H, N, K = q.shape
+    if N // P % 128 or K % 128 or jax.sharding.get_abstract_mesh().shape["tensor"] > 1:
         return attend(q, k, v, doc, window, P)
-    rows = [x.reshape(B, H // P, P * T, K) for x in (q, k, v)]
-    return splash_kernel(H // P, T, window, P)(*rows, jnp.tile(doc, P)).reshape(q.shape)
+    return splash_kernel(H, N // P, window, P)(q, k, v, jnp.tile(doc, P))
 
 
 def attention(y, ve, w, kind: str, view, doc):
@@ -187,7 +185,9 @@ def attention(y, ve, w, kind: str, view, doc):
     if "l" in kind:  # dims that do not turn look one token back (record 49)
         k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
     q, window = (view.scale * q).astype(q.dtype), view.long if "l" in kind else view.short
-    o = view.attend(q, k, v, doc, window, P) * gate(y[..., :G], "attn_gate").astype(q.dtype)
+    rows = (x.reshape(B, -1, P * T, K) for x in (q, k, v))
+    o = view.attend(*rows, doc, window, P).reshape(q.shape)
+    o = o * gate(y[..., :G], "attn_gate").astype(q.dtype)
     out = (w["out_scale"] * w["out"]).astype(y.dtype).reshape(D, -1, K)
     return jnp.einsum("bhtk,dhk->btd", o, out)
 
