@@ -1,11 +1,12 @@
 """Tokens from shards, the hub or texts, and documents packed into rows as in record #77."""
 
-import difflib
 import sysconfig
 import zlib
+from argparse import ArgumentTypeError as DataError  # what the user can mend, in one line
+from collections import namedtuple
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -15,34 +16,18 @@ HUB = {  # name -> dataset on the Hugging Face hub, prefix of its files, trainin
     "fineweb10B": ("kjj0/fineweb10B-gpt2", "fineweb", 103),
     "finewebedu10B": ("kjj0/finewebedu10B-gpt2", "finewebedu", 99),
 }
+# Training shards, the held-out one, the token that starts every document, shard -> tokens.
+Corpus = namedtuple("Corpus", "train val bos read")
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # of the library
 
 
-class DataError(ValueError):
-    """Something that the user can mend, in one line."""
-
-
-class Corpus(NamedTuple):
-    train: list  # of shards: paths, perhaps not here yet, or tokens
-    val: Path | np.ndarray
-    vocab: int
-    bos: int  # the token that starts every document
-    repo: str = ""  # where on the hub
-
-    def tokens(self, shard) -> np.ndarray:
-        """Tokens (n,) uint16 of a shard, downloaded where it is not here. Raises OSError."""
-        if isinstance(shard, np.ndarray):
-            return shard
-        if self.repo and not shard.exists():
-            try:
-                hf_hub_download(self.repo, shard.name, repo_type="dataset", local_dir=shard.parent)
-            except Exception as error:  # of several HTTP libraries
-                raise DataError(f"{shard}: no download: {' '.join(str(error).split())}") from error
-        return read_shard(shard, self.vocab)
-
-
-def read_shard(path: Path, vocab: int) -> np.ndarray:
-    """A shard as modded-nanogpt writes them, 256 int32 then uint16, mapped. Raises DataError."""
+def read_shard(path: Path, vocab: int, repo: str = "") -> np.ndarray:
+    """Tokens (n,) uint16, mapped, of a shard of modded-nanogpt; from the hub if it is not here."""
+    if repo and not path.exists():
+        try:
+            hf_hub_download(repo, path.name, repo_type="dataset", local_dir=path.parent)
+        except Exception as error:  # of several HTTP libraries
+            raise DataError(f"{path}: no download: {' '.join(str(error).split())}") from error
     header, room = np.fromfile(path, "<i4", 256), (path.stat().st_size - 1024) // 2
     if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
         raise DataError(f"{path}: not a token shard: too short, or wrong magic number or version")
@@ -59,19 +44,19 @@ def open_corpus(data: str, vocab: int, bos: int, cache: Path = Path("data")) -> 
     if data in HUB:
         repo, prefix, count = HUB[data]
         train = [cache / data / f"{prefix}_train_{i + 1:06d}.bin" for i in range(count)]
-        return Corpus(train, cache / data / f"{prefix}_val_000000.bin", vocab, bos, repo)
+        read = partial(read_shard, vocab=vocab, repo=repo)
+        return Corpus(train, cache / data / f"{prefix}_val_000000.bin", bos, read)
     root = Path(sysconfig.get_path("stdlib") if data == "stdlib" else data)
     val, train = (sorted(root.glob(f"*_{part}_*.bin")) for part in ("val", "train"))
     if val and train:
-        return Corpus(train, val[0], vocab, bos)
+        return Corpus(train, val[0], bos, partial(read_shard, vocab=vocab))
     mine, endings = data != "stdlib", (".txt",) if data != "stdlib" else (".py", ".txt")
     found = [p for p in [root, *sorted(root.rglob("*"))] if p.suffix in endings and p.is_file()]
     files = {p.relative_to(root if root.is_dir() else root.parent): p for p in found}
     files = {n.as_posix(): p for n, p in files.items() if mine or not SKIP & {*n.parts}}
     if not files:
-        near = difflib.get_close_matches(data, [*HUB, "stdlib"], 1, 0)[0]
-        raise DataError(f"--data={data}: no *_train_*.bin, *_val_*.bin or .txt there; {near}?")
-    return Corpus(*tokenize(files, vocab, bos), vocab, bos)
+        raise DataError(f"--data={data}: no .txt, nor *_train_* and *_val_*.bin, nor of {[*HUB]}")
+    return Corpus(*tokenize(files, vocab, bos), bos, lambda tokens: tokens)
 
 
 def tokenize(files: dict, vocab: int, bos: int) -> tuple:
@@ -102,50 +87,38 @@ def encode(text: bytes, vocab: int) -> np.ndarray:
     return np.array(gpt2.encode_ordinary(text.decode(errors="replace")), np.uint16)
 
 
-def decode(tokens: list[int], vocab: int) -> str:  # less those that stand for no text
-    if vocab <= 50256:
-        return bytes(t for t in tokens if t < 256).decode(errors="replace")
-    return tiktoken.get_encoding("r50k_base").decode([t for t in tokens if t < 50256])
-
-
 def plan(corpus: Corpus, steps) -> list:
     """Which pieces of which tokens every row takes, for steps of (row tokens, max_doc, rows)."""
-    # Documents, cut at max_doc, until the row is full. A shard's tail that cannot fill all rows is
-    # dropped, as in the record.
-    planned, steps, shards, filled = [], list(steps), iter(corpus.train), {}
-    tokens, bounds, document = None, np.zeros(1, int), 0
+    # Documents, cut at max_doc, till the row is full; a shard's tail is dropped, as in the record.
+    planned, shards, documents, tokens = [], iter(corpus.train), iter(()), None
     for row_tokens, max_doc, rows in steps:
-        ends = [document]
-        while len(ends) <= rows:
-            if max_doc not in filled:  # tokens taken before each document
-                taken = np.minimum(np.diff(bounds), max_doc)
-                filled[max_doc] = np.append(0, np.cumsum(taken))
-            want = filled[max_doc][ends[-1]] + row_tokens + 1
-            ends.append(int(np.searchsorted(filled[max_doc], want)))
-            if ends[-1] == len(bounds):
-                shard, lasts = next(shards, None), f"{len(planned)} of {len(steps)} steps"
-                if shard is None:
-                    raise DataError(f"training data lasts {lasts}: fewer --steps or more data")
-                tokens, ends, filled = corpus.tokens(shard), [0], {}
-                bounds = np.append(np.flatnonzero(tokens == corpus.bos), len(tokens))
-        stops = np.minimum(bounds[1:], bounds[:-1] + max_doc)
-        planned.append((tokens, row_tokens, [(bounds[i:j], stops[i:j]) for i, j in pairwise(ends)]))
-        document = ends[-1]
+        step, room = [[]], row_tokens
+        while len(step) <= rows:
+            if document := next(documents, None):
+                step[-1].append(slice(document[0], min(document[1], document[0] + max_doc)))
+                room -= step[-1][-1].stop - document[0]
+                if room < 0:
+                    step, room = [*step, []], row_tokens
+            elif (shard := next(shards, None)) is not None:
+                tokens, step, room = corpus.read(shard), [[]], row_tokens
+                documents = pairwise([*np.flatnonzero(tokens == corpus.bos).tolist(), len(tokens)])
+            else:
+                lasts = f"{len(planned)} of {len(steps)} steps"
+                raise DataError(f"training data lasts {lasts}: fewer --steps or more data")
+        planned.append((tokens, row_tokens, step))
     return planned
 
 
 def batch(step: tuple, first_row: int, rows: int) -> np.ndarray:
     """Some rows of a planned step, (rows, row tokens + 1) uint16, token for token the record's."""
     tokens, row_tokens, pieces = step
-    out = np.empty((rows, row_tokens + 1), np.uint16)
-    for row, (starts, stops) in zip(out, pieces[first_row:]):
-        row[:] = np.concatenate([tokens[a:b] for a, b in zip(starts, stops)])[: len(row)]
-    return out
+    cut = [np.concatenate([tokens[i] for i in row]) for row in pieces[first_row : first_row + rows]]
+    return np.stack([row[: row_tokens + 1] for row in cut])
 
 
 def validation(corpus: Corpus, tokens: int, row_tokens: int) -> np.ndarray:
     """The first held-out tokens as whole rows (n, row_tokens + 1), not aligned to documents."""
-    held_out = corpus.tokens(corpus.val)
+    held_out = corpus.read(corpus.val)
     n = min(tokens, len(held_out) - 1) // row_tokens
     if n < 1:
         raise DataError(f"validation: no row of --val_row_tokens in {len(held_out)} tokens")

@@ -173,7 +173,7 @@ def attention(y, ve, w, kind: str, view, doc):
     # Heads before tokens from here on: a TPU's tiles are the last two axes.
     qkv = (w["qkv_scale"] * w["qkv"]).astype(y.dtype).reshape(3, -1, K, D)
     q, k, v = (jnp.einsum("btd,hkd->bhtk", y, x) for x in qkv)
-    gate = lambda x, name: jax.nn.sigmoid(jnp.einsum("btg,hg->bht", x, w[name]))[..., None]
+    gate = lambda x, n: lax.logistic(jnp.einsum("btg,hg->bht", x, w[n])).astype(y.dtype)[..., None]
     if "v" in kind:
         both = jnp.concatenate([y[..., : G // 2], ve[..., : G // 2]], -1)
         open = gate(y[..., :G] if P == 2 else both, "value_gate")
@@ -186,8 +186,7 @@ def attention(y, ve, w, kind: str, view, doc):
         k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
     q, window = (view.scale * q).astype(q.dtype), view.long if "l" in kind else view.short
     rows = (x.reshape(B, -1, P * T, K) for x in (q, k, v))
-    o = view.attend(*rows, doc, window, P).reshape(q.shape)
-    o = o * gate(y[..., :G], "attn_gate").astype(q.dtype)
+    o = view.attend(*rows, doc, window, P).reshape(q.shape) * gate(y[..., :G], "attn_gate")
     out = (w["out_scale"] * w["out"]).astype(y.dtype).reshape(D, -1, K)
     return jnp.einsum("bhtk,dhk->btd", o, out)
 

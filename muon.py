@@ -36,8 +36,8 @@ def normalize_rows(x, second, beta2: float = 0.95):
     return (x * scale * jnp.sqrt(before / jnp.maximum(after, 1e-20))).astype(x.dtype), second
 
 
-def normuon(rows: dict, rate: Callable, momentum: Callable, dtype=jnp.bfloat16, split=lambda x: x):
-    """NorMuon with cautious decay (records 41, 43); `split` lays a stack out, and may extend it."""
+def normuon(rows: dict, rate: Callable, momentum: Callable, dtype, split=lambda f, *x: f(*x)):
+    """NorMuon with cautious decay (records 41, 43); `split` applies f to stacks of matrices."""
 
     def init(params):
         zeros = {name: jnp.zeros(params[name].shape, jnp.float32) for name in rows}
@@ -50,10 +50,9 @@ def normuon(rows: dict, rate: Callable, momentum: Callable, dtype=jnp.bfloat16, 
         nesterov = optax.incremental_update(average, grads, m)
         for name, row in rows.items():
             p, v = params[name], state["second"][name]
-            x = split(nesterov[name].astype(dtype).reshape(-1, *p.shape[-2:]))
-            x, new = normalize_rows(orthogonalize(x), split(v.reshape(-1, *v.shape[-2:])))
-            u = x[: p.size // x[0].size].reshape(p.shape)
-            second[name] = new[: v.size // new[0].size].reshape(v.shape)
+            stacks = (z.reshape(-1, *z.shape[-2:]) for z in (nesterov[name].astype(dtype), v))
+            u, new = split(lambda x, v: normalize_rows(orthogonalize(x), v), *stacks)
+            u, second[name] = u.reshape(p.shape), new.reshape(v.shape)
             updates[name] = -row.lr * lr * (u + jnp.where(u * p >= 0, 1.2 * lr * p, 0))
         return updates, {"momentum": average, "second": second}
 

@@ -1,17 +1,20 @@
 """Devices: the processes, the mesh, and the one table that says how every array is split."""
 
+from argparse import ArgumentTypeError as InputError  # what the user can mend, in one line
+from contextlib import suppress
+from os import environ
+
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 # Logical axis of an array -> mesh axes that split it; an axis that is not named here is whole.
 RULES = {
     "rows": ("data", "fsdp"),  # of a batch
     "embed": ("fsdp",),  # ZeRO-3: gathered for use, gradients reduce-scattered (arXiv:1910.02054)
     "table": ("fsdp", "tensor"),
-    "matrices": ("data", "fsdp", "tensor"),  # Muon: each device orthogonalises its own
+    "matrices": ("fsdp", "tensor", "data"),  # Muon: each device orthogonalises its own
 } | dict.fromkeys(["vocab", "heads", "ffn"], ("tensor",))  # Megatron (arXiv:1909.08053)
 ROWS = RULES["rows"]
 # How `by_rows` cuts an array with these logical axes, and how many parts such an axis has.
@@ -19,8 +22,14 @@ part = lambda axes=(): P(*(tuple(n for n in RULES.get(a, ()) if n in ROWS) or No
 ways = lambda mesh, axis: int(np.prod([mesh.shape[name] for name in RULES.get(axis, ())]))
 
 
-class InputError(ValueError):
-    """Something that the user can mend, in one line."""
+def start_processes():
+    """Joins those of a job, by torchrun's variables or what JAX knows: SLURM, MPI, TPU pods."""
+    if int(environ.get("WORLD_SIZE", 1)) > 1:  # on MASTER_PORT torchrun itself may listen
+        address = f"{environ['MASTER_ADDR']}:{int(environ['MASTER_PORT']) + 1}"
+        ranks = (int(environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+        return jax.distributed.initialize(address, *ranks)
+    with suppress(ValueError, OSError):  # so it is none
+        jax.distributed.initialize()
 
 
 def make_mesh(layout: str, devices=None) -> Mesh:
@@ -45,19 +54,16 @@ def placed(mesh: Mesh, axes, shape=(), name: str = "") -> NamedSharding:
     return NamedSharding(mesh, P(*(RULES.get(axis) for axis in axes)))
 
 
-def by_rows(mesh: Mesh, f, ins, outs):
-    """f, written for the rows of one device, on whole arrays; ins and outs are from `part`."""
+def by_rows(mesh: Mesh, f, ins, out):
+    """f, written for the rows of one device, on whole arrays; ins and out are from `part`."""
     # Reduce-scatter and Pallas need these axes to be ours; `tensor` is XLA's.
-    ours = {name for name, size in mesh.shape.items() if name in ROWS or size == 1}
-    options = {"axis_names": ours, "check_vma": False}
-    return jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=outs, **options)
+    own = {name for name, size in mesh.shape.items() if name in ROWS or size == 1}
+    return jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=out, axis_names=own, check_vma=False)
 
 
 def gathered(w, axes):
     """A weight for use: whole but for `tensor`; its gradient is reduce-scattered, in w's dtype."""
-    for i, axis in enumerate(axes):
-        w = lax.all_gather(w, "fsdp", axis=i, tiled=True) if axis == "embed" else w
-    return w
+    return lax.all_gather(w, "fsdp", axis=axes.index("embed"), tiled=True) if "embed" in axes else w
 
 
 def summed(g, axes=()):
@@ -73,10 +79,17 @@ def lookup(table, ids_BT, dtype):
     return jax.numpy.einsum("pbtc,pcd->btd", lax.all_to_all(found, "fsdp", 0, 0), where)
 
 
-def spread(mesh: Mesh, stack):
-    """Lays a stack of matrices out whole, over all devices; zeros fill it up to even parts."""
-    stack = jax.numpy.pad(stack, ((0, -len(stack) % mesh.size), (0, 0), (0, 0)))
-    return lax.with_sharding_constraint(stack, placed(mesh, ["matrices"]))
+def spread(mesh: Mesh, f, *stacks):
+    """f of stacks (n, rows, columns) of matrices, each device having its own whole ones."""
+    axes, free, more = RULES["matrices"], P.UNCONSTRAINED, -len(stacks[0]) % mesh.size
+
+    def lay(x, *turns):  # one mesh axis at a time: XLA would gather all for two at once
+        for i in turns:
+            x = lax.with_sharding_constraint(x, NamedSharding(mesh, P(axes[:i], free, free)))
+        return x
+
+    even = (jax.numpy.pad(x, ((0, more), (0, 0), (0, 0))) for x in stacks)
+    return [lay(x, 3, 2, 1)[: len(stacks[0])] for x in f(*(lay(x, 1, 2, 3) for x in even))]
 
 
 def global_rows(mesh: Mesh, n: int, read) -> jax.Array:

@@ -1,16 +1,17 @@
 """NanoGPT speedrun in JAX: trains record #77's recipe to 3.28 validation loss on FineWeb.
 
-python train_gpt.py [train] [--key=value ...] (./launch does the same, and sets up Python). Keys are
-the fields of Config, as in --preset=smoke --steps=100 --mesh=data:2,fsdp:4; without a preset it is
-speedrun where there is a GPU or TPU, else smoke, on the CPU. Other commands, with their own keys:
-sample, eval, record, plan, bench (tests/COMMAND.py)."""
+python train_gpt.py [COMMAND] [--key=value ...]: train, or without a word, has the keys of Config as
+in --preset=smoke --steps=100 --mesh=data:2,fsdp:4; no preset is speedrun on a GPU or TPU, else
+smoke. The commands sample, eval, record, plan and bench are in tests/, with keys of their own."""
 
 import difflib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +23,8 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from tensorboard.summary import Writer
 
 import data_fineweb
@@ -74,14 +75,11 @@ class Config(SimpleNamespace):
     """Every key. Config(preset="smoke", steps=50): the preset's values, then those given."""
 
     def __init__(self, **keys):  # values as text or typed
-        preset = choose("preset", keys.get("preset", "speedrun"), PRESETS)
-        given = [*(word.split("=") for word in PRESETS[preset].split()), *keys.items()]
-        defaults = dict(word.split("=") for word in KEYS.split())
-        values = {name: typed(name, text, text) for name, text in defaults.items()}
-        for name, value in given:
-            values[name] = typed(name, value, defaults[choose("key", name, defaults)])
-        choose("stages", values["stages"], STAGES)
-        super().__init__(**values)
+        words = lambda text: dict(word.split("=") for word in text.split())
+        preset, like = choose("preset", keys.get("preset", "speedrun"), PRESETS), words(KEYS)
+        values = like | words(PRESETS[preset]) | {choose("key", n, like): keys[n] for n in keys}
+        super().__init__(**{name: typed(name, values[name], like[name]) for name in like})
+        choose("stages", self.stages, STAGES)
 
     def schedule(self) -> list[tuple[int, int, Stage]]:  # (first step, end, stage) of each
         ends = [round(stage.end * self.steps) for stage in STAGES[self.stages]]
@@ -117,21 +115,17 @@ def program(c: Config, mesh) -> SimpleNamespace:
     views = [model.View(s.short, s.long, *yarn, attend) for (*_, s), yarn in zip(schedule, yarns)]
     views.append(views[-1]._replace(long=c.val_long))
     scheduled, untie = schedule[-2][1], schedule[1][1] | 1  # untied after an Adam step
-    start = int(scheduled * (1 - c.lr_fall))
-
-    def rate(base, step):
-        lr = jnp.select([step < end for _, end, _ in schedule], [s.lr for *_, s in schedule])
-        t = jnp.clip((step - start) / max(1, scheduled - start), 0, 1)
-        return base * (lr * (1 - t) + 0.15 * t)
-
-    rise, fall = c.momentum_rise * c.steps, c.momentum_fall * c.steps
-    ramp = lambda step: jnp.clip(jnp.minimum(step / rise, (c.steps - step) / fall), 0, 1)
-    momentum = lambda step: 0.85 + 0.1 * ramp(step)
-    adam_rows = {n: row for n, row in table.items() if row.betas}
-    muon_rows = {n: row for n, row in table.items() if not row.betas}
-    rules = {"adam": muon.adam(adam_rows, partial(rate, c.adam_lr))}
-    more = partial(rate, c.muon_lr), momentum, dtype, partial(sharding.spread, mesh)
-    rules["muon"] = muon.normuon(muon_rows, *more)
+    steps, start = np.arange(c.steps), int(scheduled * (1 - c.lr_fall))
+    fall = np.clip((steps - start) / max(1, scheduled - start), 0, 1)
+    factor = np.concatenate([np.full(end - first, s.lr) for first, end, s in schedule])
+    factor = factor * (1 - fall) + 0.15 * fall
+    rise = steps / c.steps / c.momentum_rise, (1 - steps / c.steps) / c.momentum_fall
+    momentum = 0.85 + 0.1 * np.clip(np.minimum(*rise), 0, 1)
+    at_step = lambda values: lambda step: jnp.asarray(values, jnp.float32)[step]
+    some = lambda adam: {n: row for n, row in table.items() if bool(row.betas) == adam}
+    rules = {"adam": muon.adam(some(True), at_step(c.adam_lr * factor))}
+    more = at_step(c.muon_lr * factor), at_step(momentum), dtype, partial(sharding.spread, mesh)
+    rules["muon"] = muon.normuon(some(False), *more)
 
     def init(seed):
         params, step = model.init(table, jax.random.key(seed)), jnp.zeros((), jnp.int32)
@@ -171,7 +165,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
         for name, rule in rules.items():
             updates, new[name] = rule.update(grads | tied, state[name], params, step=step)
             params = params | {n: params[n] + u for n, u in updates.items()}
-        return new | {"params": params}, optax.tree.norm(grads)
+        return new | {"params": params}, jnp.sqrt(sum((g * g).sum() for g in grads.values()))
 
     def evaluate(params, rows, view):  # -> loss per token
         def local(params, rows):
@@ -199,23 +193,22 @@ class Journal:
     """The console, log.txt, metrics.csv and TensorBoard of a run."""
 
     def __init__(self, run: Path, c: Config, meta: dict):
-        self.c, self.log, self.csv = c, run / "log.txt", run / "metrics.csv"
-        self.board = Writer(str(run / "tensorboard"))
-        if meta["step"]:  # drops what was written after the checkpoint
-            os.truncate(self.log, meta["log"])
-            os.truncate(self.csv, meta["csv"])
-        else:
-            source = "".join((HERE / name).read_text() for name in SOURCES)
-            chips = f"{jax.device_count()} {jax.devices()[0].device_kind}"
-            setup = f"Python {sys.version}, JAX {jax.__version__}, {chips}"
-            rules = f"{'=' * 100}\n{setup}\nconfig {json.dumps(vars(c))}\n{'=' * 100}\n"
-            self.log.write_text(source + rules)
-            self.csv.write_text("step,train_time_ms,name,value\n")
+        self.c, self.first = c, jax.process_index() == 0
+        run = run if self.first else Path(tempfile.mkdtemp())  # where nobody looks
+        self.board = Writer(f"{run}/tensorboard")
+        self.log, self.csv = ((run / name).open("a") for name in ("log.txt", "metrics.csv"))
+        for file, size in ((self.log, meta["log"]), (self.csv, meta["csv"])):
+            file.truncate(min(size, file.tell()))  # drops what came after the checkpoint
+        if not meta["step"]:
+            source, line = "".join((HERE / name).read_text() for name in SOURCES), "=" * 100
+            devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+            setup = f"Python {sys.version}, JAX {jax.__version__}, {devices}"
+            self.say(f"{source}{line}\n{setup}\nconfig {json.dumps(vars(c))}\n{line}", False)
+            print("step,train_time_ms,name,value", file=self.csv, flush=True)
 
     def say(self, line: str, show: bool = True):
-        with self.log.open("a") as log:
-            log.write(line + "\n")
-        if show:
+        print(line, file=self.log, flush=True)
+        if show and self.first:
             print(line, flush=True)
 
     def scalar(self, step: int, seconds: float, name: str, value: float, show: bool = True):
@@ -223,8 +216,7 @@ class Journal:
         if name.endswith("loss"):
             times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
             self.say(f"step:{step}/{self.c.steps} {name}:{value:.4f} {times}", show)
-        with self.csv.open("a") as csv:
-            csv.write(f"{step},{ms:.0f},{name},{value}\n")
+        print(f"{step},{ms:.0f},{name},{value}", file=self.csv, flush=True)
         self.board.add_scalar(name, value, step)
 
 
@@ -243,6 +235,8 @@ def start(c: Config):
         if c.device != "auto":
             jax.config.update("jax_platforms", {"gpu": "cuda"}.get(c.device, c.device))
         jax.config.update("jax_num_cpu_devices", c.cpu_devices)
+    if not jax.distributed.is_initialized():
+        sharding.start_processes()
     if jax.default_backend() == "cpu" and c.device != "cpu" and accelerator():
         how = "install JAX's plugin (./launch does), end what else holds it, or say --device=cpu"
         raise InputError(f"this machine has a {accelerator()}, but JAX sees the CPU alone: {how}")
@@ -261,16 +255,15 @@ def opened(c: Config, run: Path):
             return mesh, p, manager, got["state"], got["meta"]
         except Exception as error:  # whatever it is that the library stumbles over
             print(f"warning: checkpoint {step} cannot be read, passed over: {error!s:.200}")
-            manager.delete(step)
     if steps:
         raise InputError(f"{run}: no checkpoint can be read: choose another --run")
-    return mesh, p, manager, None, {"step": 0, "train_time": 0.0}
+    return mesh, p, manager, None, {"step": 0, "train_time": 0.0, "log": 0, "csv": 0}
 
 
 def configured(run: Path) -> tuple[dict, str]:
     """The config and the log of a run, both empty if there is none."""
-    log = (run / "log.txt").read_text() if (run / "log.txt").exists() else ""
-    found = re.search(r"^config (.*)$", log, re.MULTILINE)
+    log = (run / "log.txt").read_text(errors="replace") if (run / "log.txt").exists() else ""
+    found = re.search(r"^config (\{.*\})$", log, re.MULTILINE)
     return json.loads(found[1]) if found else {}, log
 
 
@@ -280,6 +273,8 @@ def train(c: Config, stop=lambda step: False) -> Result:
     name = c.run or time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
     runs = (Path("runs", name + end) for end in ["", *(f"-{i}" for i in range(1, 1000))])
     run = next(run for run in runs if c.resume or not run.exists())
+    text = np.frombuffer(f"{run!s:250}".encode(), np.uint8)  # of several processes, the first's
+    run = Path(bytes(multihost_utils.broadcast_one_to_all(text)).decode().strip())
     (was, log), now = configured(run), vars(c)
     differ = [f"{k} was {was.get(k)}" for k in now if k not in FREE and was.get(k) != now[k]]
     if was and differ:
@@ -295,8 +290,8 @@ def train(c: Config, stop=lambda step: False) -> Result:
     held_out = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
     mesh, p, manager, state, meta = opened(c, run)
     val = sharding.global_rows(mesh, len(held_out), lambda first, n: held_out[first : first + n])
-    read = lambda step: partial(data_fineweb.batch, plan[min(step, c.steps - 1)])
-    batch = lambda step: sharding.global_rows(mesh, c.rows, read(step))
+    rows = lambda step: partial(data_fineweb.batch, plan[step])
+    batch = lambda step: sharding.global_rows(mesh, c.rows, rows(step))
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
     n = sharding.ways(mesh, "rows")
     each = f"{n} devices x {c.rows // n // (k := turns(c, c.rows // n))} row x {k} accumulation"
@@ -315,14 +310,12 @@ def train(c: Config, stop=lambda step: False) -> Result:
 
     def note(step, loss, norm):  # waits for the device
         loss, norm, at = float(loss), float(norm), spent + time.perf_counter() - began
-        show = step < 6 or step % max(1, c.steps // 25) == 0
-        journal.scalar(step, at, "train_loss", loss, show)
+        journal.scalar(step, at, "train_loss", loss, step < 6 or step % -(-c.steps // 25) == 0)
         journal.scalar(step, at, "grad_norm", norm)
         if not np.isfinite(loss + norm):
             raise InputError(f"step {step}: loss {loss}, gradient {norm}: {run} is as last saved")
 
-    pending, loader, began = (), ThreadPoolExecutor(1), time.perf_counter()
-    ahead = loader.submit(batch, first)
+    pending, began = (), time.perf_counter()
     for step in range(first, c.steps + 1):
         last, stopped = step == c.steps, stop(step)
         validating, saving = last or step % c.val_every == 0, last or step % c.save_every == 0
@@ -330,12 +323,18 @@ def train(c: Config, stop=lambda step: False) -> Result:
             pending = pending and note(*pending)
             spent += time.perf_counter() - began
             if (stopped or saving) and step > first:  # before validation, which could fail
-                sizes = {"log": journal.log.stat().st_size, "csv": journal.csv.stat().st_size}
+                need = 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+                if shutil.disk_usage(run).free < need:  # orbax would say so in 700 lines
+                    raise InputError(f"{run}: disk full: a save takes {need / 1e6:.0f} MB")
+                if step in manager.all_steps():  # one that could not be read
+                    manager.delete(step)
+                sizes = {"log": journal.log.tell(), "csv": journal.csv.tell()}
                 meta = ocp.args.JsonSave({"step": step, "train_time": spent, **sizes})
                 both = {"state": ocp.args.StandardSave(state), "meta": meta}
                 manager.save(step, args=ocp.args.Composite(**both))  # writes in the background
-            if stopped and not last:
+            if stopped or last:  # the last line says that a run is done, so its state is safe first
                 manager.wait_until_finished()
+            if stopped and not last:
                 journal.say(f"stopped after step {step}, saved: the same command goes on")
                 sys.exit(75)
             if validating:
@@ -344,12 +343,10 @@ def train(c: Config, stop=lambda step: False) -> Result:
                 journal.scalar(step, spent, "val_loss", val_loss)
             began = time.perf_counter()
         if not last:
-            rows, ahead = ahead.result(), loader.submit(batch, step + 1)
-            loss, grads = compiled["train", c.stage(step)](state["params"], rows, step)
+            loss, grads = compiled["train", c.stage(step)](state["params"], batch(step), step)
             state, norm = compiled["update"](state, grads)
             pending = pending and note(*pending)  # one step late, so the device never waits
             pending = step + 1, loss, norm
-    manager.wait_until_finished()
     journal.board.close()
     return Result(val_loss, spent, run)
 
@@ -369,9 +366,11 @@ def main(argv: list[str]):
     c, heard = Config(**keys), []  # the second signal stops at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: heard.append(signal.signal(n, signal.SIG_DFL)))
-    run = train(c, lambda step: bool(heard)).run_dir
-    if (HERE / "tests/sample.py").exists():
-        main(["sample", f"--run={run.name}", f"--device={c.device}"])
+    start(c)  # of several processes one gets SIGTERM, and all stop after the same step
+    told = multihost_utils.reached_preemption_sync_point
+    stop = lambda step: told(step) or (bool(heard) and jax.process_count() == 1)
+    run = train(c, stop).run_dir
+    main(["sample", f"--run={run.name}", f"--device={c.device}"])
 
 
 if __name__ == "__main__":

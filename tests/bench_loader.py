@@ -19,7 +19,7 @@ def main():
     lengths = np.exp(rng.normal(6, 1, len(tokens) // 400)).astype(int) + 1  # as FineWeb's, about
     starts = np.append(0, np.cumsum(lengths))
     tokens[starts[starts < len(tokens)]] = BOS
-    corpus = Corpus([tokens], tokens, 50304, BOS)
+    corpus = Corpus([tokens], tokens, BOS, lambda tokens: tokens)
     for row_tokens, max_doc in ((16384, 896), (32768, 2048), (49152, 2048)):
         began = time.perf_counter()
         steps = plan(corpus, [(row_tokens, max_doc, ROWS)] * 40)

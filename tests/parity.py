@@ -8,6 +8,7 @@ DIR/loader.npz and loader.json, laid out like reference/loader; both end with on
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -243,7 +244,8 @@ def loader(directory, shards, report=print) -> int:
         names = sorted(names, key=lambda name: int(name.strip("abcdefghijklmnopqrstuvwxyz_")))
         if not (names and paths):
             continue
-        corpus = data_fineweb.Corpus(paths, paths[0], 50304, 50256)
+        read = partial(data_fineweb.read_shard, vocab=50304)
+        corpus = data_fineweb.Corpus(paths, paths[0], 50256, read)
         expected = [np.hstack([want[n + "/inputs"], want[n + "/targets"][:, -1:]]) for n in names]
         if group == "val":
             T = expected[0].shape[1] - 1

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import numpy as np
+import tiktoken
 from jax import lax
 
 import data_fineweb
@@ -58,6 +59,13 @@ def logits_of(run):
     return jax.jit(sharding.by_rows(run.mesh, local, (run.p.parts, whole, whole), whole))
 
 
+def decoded(tokens: list[int], vocab: int) -> str:
+    """The text of tokens, less those that stand for none."""
+    if vocab <= 50256:
+        return bytes(t for t in tokens if t < 256).decode(errors="replace")
+    return tiktoken.get_encoding("r50k_base").decode([t for t in tokens if t < 50256])
+
+
 def write(run, prompt: str, n: int, samples: int, temperature: float, top_k: int) -> list[str]:
     """The prompt and n tokens that the model puts behind it. One buffer, so compiled once; every
     token computes it all again, which at these sizes is less than a cache would take to move.
@@ -73,7 +81,7 @@ def write(run, prompt: str, n: int, samples: int, temperature: float, top_k: int
         z = np.array(logits(run.params, tokens, i - 1), np.float32) / max(temperature, 1e-6)
         z[z < np.sort(z)[:, -min(top_k, z.shape[1]), None]] = -np.inf
         tokens[:, i] = np.argmax(z + (temperature > 0) * rng.gumbel(size=z.shape), 1)
-    return [data_fineweb.decode(row, c.vocab) for row in tokens[:, :stop].tolist()]
+    return [decoded(row, c.vocab) for row in tokens[:, :stop].tolist()]
 
 
 def main(argv: list[str]):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import data_fineweb as data
+from sample import decoded
 
 ROOT = Path(__file__).parent.parent
 VOCAB, BOS = 264, 256
@@ -117,8 +118,8 @@ def test_the_library_is_split_by_a_hash_of_the_path(tmp_path):
         (tmp_path / name).write_text(name * 3)
     (tmp_path / "test" / "kept.txt").write_text("kept, unlike the library's tests")
     got = data.open_corpus(str(tmp_path), VOCAB, BOS)
-    held_out = data.decode(got.val.tolist(), VOCAB)
-    train = data.decode(got.train[0].tolist(), VOCAB)
+    held_out = decoded(got.val.tolist(), VOCAB)
+    train = decoded(got.train[0].tolist(), VOCAB)
     for name in names:
         assert (name in held_out) == (zlib.crc32(name.encode()) % 20 == 0)
         assert (name in train) != (name in held_out)
@@ -160,7 +161,7 @@ def test_gpt2_tokens(monkeypatch):
         pytest.skip("GPT-2's vocabulary is not at hand")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
     ids = data.encode(b"Hello, world", 50304)
-    assert ids.tolist() == [15496, 11, 995] and data.decode([50256, *ids], 50304) == "Hello, world"
+    assert ids.tolist() == [15496, 11, 995] and decoded([50256, *ids], 50304) == "Hello, world"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
