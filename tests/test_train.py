@@ -12,7 +12,9 @@ import pytest
 
 import train_gpt
 from commands import ROOT, TINY, run
+from kill import same, values
 
+KEYS = dict(arg[2:].split("=") for arg in TINY)
 LINE = re.compile(
     r"^step:\d+/\d+ (val|train)_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$"
 )
@@ -81,9 +83,7 @@ def test_goes_on_where_a_killed_run_was_saved(finished, tmp_path):
             assert p.poll() is None
         p.kill()
     assert run(tmp_path, *args).returncode == 0
-    csv = [(folder / "runs/a/metrics.csv").read_text() for folder in (tmp_path, finished[0])]
-    values = [[row.split(",")[::2] + row.split(",")[3:] for row in x.splitlines()] for x in csv]
-    assert values[0] == values[1]
+    assert same(tmp_path, finished[0])
     steps = [
         x.split(" train_time")[0] for x in log.read_text().splitlines() if x.startswith("step:")
     ]
@@ -117,18 +117,11 @@ def test_what_the_user_can_mend_is_one_line_and_2(tmp_path, args, says):
 
 def test_in_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    keys = dict(arg[2:].split("=") for arg in TINY)
-    result = train_gpt.train(train_gpt.Config(**keys, steps=3, cpu_devices=8, val_every=9))
+    result = train_gpt.train(train_gpt.Config(**KEYS, steps=3, cpu_devices=8, val_every=9))
     assert np.isfinite(result.val_loss) and result.train_time > 0 and result.run_dir.exists()
 
 
 ARGS = [*TINY, "--steps=12", "--val_every=5", "--save_every=5", "--run=a"]
-
-
-def values(folder):
-    """(step, name, value) of every line of metrics.csv."""
-    lines = (folder / "runs/a/metrics.csv").read_text().splitlines()[1:]
-    return [tuple(line.split(",")[i] for i in (0, 2, 3)) for line in lines]
 
 
 def start(folder, *args):
@@ -146,11 +139,12 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(finished, tmp_path,
         said = p.communicate(timeout=120)
     assert p.returncode == 75 and "saved: the same command goes on" in said[0], said
     assert run(tmp_path, *ARGS).returncode == 0
-    assert sorted(values(tmp_path)) == sorted(values(finished[0]))
+    assert same(tmp_path, finished[0])
 
 
 def test_killed_at_any_moment(finished, tmp_path):
-    """With SIGKILL, again and again at random moments: what it ends with is the same."""
+    """With SIGKILL, again and again at random moments: what it ends with is the same, metrics and
+    parameters. (python tests/kill.py 100 tries more of them, and aims at saves and validations.)"""
     random, kills, done = np.random.default_rng(7), 0, 1
     while done and kills < 8:
         with start(tmp_path, *ARGS) as p:
@@ -161,7 +155,7 @@ def test_killed_at_any_moment(finished, tmp_path):
                 kills += 1
         done = p.returncode
     assert run(tmp_path, *ARGS).returncode == 0 and kills
-    assert sorted(values(tmp_path)) == sorted(values(finished[0]))
+    assert same(tmp_path, finished[0])
     steps = [
         x for x in (tmp_path / "runs/a/log.txt").read_text().splitlines() if "_loss:" in x[:30]
     ]
@@ -169,8 +163,11 @@ def test_killed_at_any_moment(finished, tmp_path):
 
 
 def copied(finished, tmp_path):
+    """Checkpoints of a copy of the run, as if it had been killed after the save of step 10."""
     shutil.copytree(finished[0] / "runs", tmp_path / "runs")
     shutil.rmtree(tmp_path / "runs/a/checkpoints/12")
+    log = tmp_path / "runs/a/log.txt"
+    log.write_text(log.read_text().partition("step:12/12")[0])  # with its last line it is done
     return tmp_path / "runs/a/checkpoints"
 
 
@@ -184,23 +181,41 @@ def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path):
             path.write_bytes(b"\x00damaged")
     again = run(tmp_path, *ARGS)
     assert again.returncode == 0 and "cannot be read, passed over" in again.stdout, again.stderr
-    assert sorted(values(tmp_path)) == sorted(values(finished[0]))
+    assert same(tmp_path, finished[0])
     (tmp_path / "b").mkdir()
     for path in copied(finished, tmp_path / "b").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
     none = run(tmp_path / "b", *ARGS)
+    assert "step:" not in none.stdout
     assert none.returncode == 2 and "no checkpoint can be read" in none.stderr
 
 
-@pytest.mark.parametrize("mesh", ["fsdp:8", "data:2,fsdp:2,tensor:2"])
-def test_goes_on_with_another_mesh(finished, tmp_path, mesh):
-    copied(finished, tmp_path)
-    again = run(tmp_path, *ARGS, "--cpu_devices=8", f"--mesh={mesh}", "--device_rows=1")
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    done = run(folder, *ARGS, "--cpu_devices=8", "--mesh=fsdp:8")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+@pytest.mark.parametrize(
+    "saved_by, devices, mesh",
+    [
+        ("finished", 8, "fsdp:8"),
+        ("finished", 8, "data:2,fsdp:2,tensor:2"),
+        ("sharded", 1, "fsdp:1"),
+        ("sharded", 8, "data:2,tensor:2"),
+    ],
+)
+def test_goes_on_with_another_mesh(request, tmp_path, saved_by, devices, mesh):
+    before = request.getfixturevalue(saved_by)
+    copied(before, tmp_path)
+    more = f"--cpu_devices={devices}", f"--mesh={mesh}", "--device_rows=1"
+    again = run(tmp_path, *ARGS, *more)
     assert again.returncode == 0, again.stderr
-    got, want = dict(), dict()
-    for found, folder in ((got, tmp_path), (want, finished[0])):
-        found |= {(step, name): float(value) for step, name, value in values(folder)}
+    assert "step:11/12" in again.stdout and "step:10/12 train" not in again.stdout
+    got, want = ({x[:2]: float(x[2]) for x in values(f)} for f in (tmp_path, before[0]))
     assert got.keys() == want.keys()
     for key in want:
         assert abs(got[key] / want[key] - 1) < 1e-4, key
@@ -223,3 +238,21 @@ def test_a_run_that_cannot_be_written(tmp_path):
     (tmp_path / "runs").write_text("a file where a directory should be")
     done = run(tmp_path, *TINY, "--steps=2", "--run=a")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_a_run_is_done_when_its_last_state_is_saved(tmp_path, monkeypatch):
+    """The log's last line comes after the last save, or a failed one would never be repeated."""
+    monkeypatch.chdir(tmp_path)
+
+    manager, saves = train_gpt.ocp.CheckpointManager, []
+
+    def fails(self):
+        if saves:
+            raise OSError("the last save fails")
+
+    monkeypatch.setattr(manager, "save", lambda self, step, **more: saves.append(step))
+    monkeypatch.setattr(manager, "wait_until_finished", fails)
+    with pytest.raises(OSError, match="the last save fails"):
+        train_gpt.train(train_gpt.Config(**KEYS, steps=3, run="a", save_every=99, val_every=99))
+    log = (tmp_path / "runs/a/log.txt").read_text()
+    assert "step:3/3 train_loss" in log and "step:3/3 val_loss" not in log
