@@ -193,3 +193,39 @@ def test_checkpoints(saved, tmp_path, monkeypatch, capsys, record_property):
             manager.close()
     assert passed_over > 20  # the others are files that nothing is read from
     tried(record_property, n, 100)
+
+
+class Reached(Exception):
+    """The run goes on: it has come to compiling."""
+
+
+def test_logs(saved, tmp_path, monkeypatch, record_property):
+    """log.txt and metrics.csv: the run goes on without inventing text, or says what is wrong."""
+    folder, c, p, _ = saved
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt, "program", lambda c, mesh: p)
+
+    def reached(*_):
+        raise Reached
+
+    monkeypatch.setattr(train_gpt, "turns", reached)
+    random, n, run = np.random.default_rng(4), 0, tmp_path / "runs/a"
+    for name in ("log.txt", "metrics.csv"):
+        content = (folder / "runs/a" / name).read_bytes()
+        cases = list(damages(content, random).values())
+        if name == "log.txt":  # its config: cut, of another kind, not of our keys
+            at = content.index(b"\nconfig ") + 8
+            cases += [content[: at + k] for k in (0, 1, 9, 99)]
+            cases += [content[:at] + x + b"\n" for x in (b"[]", b"{}", b"3", b"{", b'{"a": 1}')]
+        for content in cases:
+            n += 1
+            copy(saved, run)
+            put(run / name, content)
+            before = sorted(path.name for path in (run / "checkpoints").iterdir())
+            try:
+                assert refused(train_gpt.train, c)
+            except Reached:
+                assert (run / name).stat().st_size <= len(content)
+            after = sorted(path.name for path in (run / "checkpoints").iterdir())
+            assert before == after, f"{name}: {len(before)} checkpoints, now {len(after)}"
+    tried(record_property, n, 25)

@@ -1,6 +1,7 @@
 """The commands, through the contract: logs, exit statuses, resume, errors."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -256,3 +257,36 @@ def test_a_run_is_done_when_its_last_state_is_saved(tmp_path, monkeypatch):
         train_gpt.train(train_gpt.Config(**KEYS, steps=3, run="a", save_every=99, val_every=99))
     log = (tmp_path / "runs/a/log.txt").read_text()
     assert "step:3/3 train_loss" in log and "step:3/3 val_loss" not in log
+
+
+FULL = """
+mount -t tmpfs -o size=$1 none . && cd "$PWD" || exit 99
+shift
+"$@"
+status=$?
+echo "had $(ls -m runs/a/checkpoints 2>&1)"
+mount -o remount,size=64m .
+[ $status != 2 ] || "$@" > /dev/null
+cp -r runs "$SAVED"
+exit $status
+"""
+
+
+@pytest.mark.parametrize("size, says, had", [("3500k", "runs/a: disk", "3, 6"), ("50k", "log", "")])
+def test_a_full_disk(finished, tmp_path, size, says, had):
+    """One line that names the place; what was saved is kept, and it goes on when there is room."""
+    command = [sys.executable, ROOT / "train_gpt.py", *ARGS, "--save_every=3"]
+    sh = ["unshare", "-rm", "bash", "-c", FULL, "bash", size, *command]
+    (tmp_path / "disk").mkdir()
+    env = os.environ | {"SAVED": str(tmp_path / "runs")}
+    try:
+        done = subprocess.run(sh, cwd=tmp_path / "disk", env=env, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no unshare")
+    if done.returncode in (1, 99) and "runs" not in done.stderr + done.stdout:
+        pytest.skip("may not mount")
+    assert done.returncode == 2, done.stderr[-3000:]
+    said = [line for line in done.stderr.splitlines() if "tokens/s" not in line]
+    assert len(said) == 1 and says in said[0], said
+    assert f"had {had}\n" in done.stdout
+    assert same(tmp_path, finished[0])
