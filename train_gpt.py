@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from jax.experimental.multihost_utils import broadcast_one_to_all, reached_preemption_sync_point
 from tensorboard.summary import Writer
 
 import data_fineweb
@@ -235,7 +235,6 @@ def start(c: Config):
         if c.device != "auto":
             jax.config.update("jax_platforms", {"gpu": "cuda"}.get(c.device, c.device))
         jax.config.update("jax_num_cpu_devices", c.cpu_devices)
-    if not jax.distributed.is_initialized():
         sharding.start_processes()
     if jax.default_backend() == "cpu" and c.device != "cpu" and accelerator():
         how = "install JAX's plugin (./launch does), end what else holds it, or say --device=cpu"
@@ -261,10 +260,13 @@ def opened(c: Config, run: Path):
 
 
 def configured(run: Path) -> tuple[dict, str]:
-    """The config and the log of a run, both empty if there is none."""
+    """The config and the log of a run, both empty if there is none. Raises InputError."""
     log = (run / "log.txt").read_text(errors="replace") if (run / "log.txt").exists() else ""
     found = re.search(r"^config (\{.*\})$", log, re.MULTILINE)
-    return json.loads(found[1]) if found else {}, log
+    with suppress(ValueError):
+        if found or not any(run.glob("checkpoints/*")):
+            return json.loads(found[1]) if found else {}, log
+    raise InputError(f"{run}/log.txt has lost the run's config: choose another --run")
 
 
 def train(c: Config, stop=lambda step: False) -> Result:
@@ -274,14 +276,13 @@ def train(c: Config, stop=lambda step: False) -> Result:
     runs = (Path("runs", name + end) for end in ["", *(f"-{i}" for i in range(1, 1000))])
     run = next(run for run in runs if c.resume or not run.exists())
     text = np.frombuffer(f"{run!s:250}".encode(), np.uint8)  # of several processes, the first's
-    run = Path(bytes(multihost_utils.broadcast_one_to_all(text)).decode().strip())
+    run = Path(bytes(broadcast_one_to_all(text)).decode().strip())
     (was, log), now = configured(run), vars(c)
     differ = [f"{k} was {was.get(k)}" for k in now if k not in FREE and was.get(k) != now[k]]
     if was and differ:
         how = f"choose another --run, or --resume=false to start {name}-1"
         raise InputError(f"{run} is there already, {', '.join(differ)}: {how}")
-    final = rf"^step:{c.steps}/.* val_loss:(\S+) train_time:(\d+).*$"
-    if done := re.search(final, log, re.MULTILINE):
+    if done := re.search(rf"^step:{c.steps}/.* val_loss:(\S+) train_time:(\d+).*$", log, re.M):
         print(done[0])
         return Result(float(done[1]), int(done[2]) / 1000, run)
     schedule, corpus = c.schedule(), data_fineweb.open_corpus(c.data, c.vocab, c.bos)
@@ -366,9 +367,8 @@ def main(argv: list[str]):
     c, heard = Config(**keys), []  # the second signal stops at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: heard.append(signal.signal(n, signal.SIG_DFL)))
-    start(c)  # of several processes one gets SIGTERM, and all stop after the same step
-    told = multihost_utils.reached_preemption_sync_point
-    stop = lambda step: told(step) or (bool(heard) and jax.process_count() == 1)
+    # If one of several processes gets SIGTERM, this says so in all at the same step.
+    stop = lambda step: reached_preemption_sync_point(step) or heard and jax.process_count() == 1
     run = train(c, stop).run_dir
     main(["sample", f"--run={run.name}", f"--device={c.device}"])
 
