@@ -55,7 +55,7 @@ def open_corpus(data: str, vocab: int, bos: int, cache: Path = Path("data")) -> 
     files = {p.relative_to(root if root.is_dir() else root.parent): p for p in found}
     files = {n.as_posix(): p for n, p in files.items() if mine or not SKIP & {*n.parts}}
     if not files:
-        raise DataError(f"--data={data}: no .txt, nor *_train_* and *_val_*.bin, nor of {[*HUB]}")
+        raise DataError(f"--data={data}: no *_train_*.bin or .txt there; or {[*HUB, 'stdlib']}")
     return Corpus(*tokenize(files, vocab, bos), bos, lambda tokens: tokens)
 
 

@@ -33,7 +33,7 @@ def param_table(c) -> dict:
     """
     kinds = c.layers.split(",")
     D, H, V, R, F, L = c.width, c.heads, c.vocab, c.bigram_rows, 4 * c.width, len(kinds)
-    A, E = sum("k" not in kind for kind in kinds), sum("v" in kind for kind in kinds)
+    A, E = sum("k" not in kind for kind in kinds), max(1, sum("v" in kind for kind in kinds))
     bank = ("uniform", 3**0.5 * 0.5 * D**-0.5)  # V and O are not zero: record 64
     quick, slow, words, tables = (0.9, 0.95), (0.9, 0.99), (0.5, 0.95), (0.75, 0.95)
     return {
@@ -204,7 +204,7 @@ def features(w, tokens_BT, c, view):
     gate = jax.nn.sigmoid(x[..., :G] @ w["smear_gate"].T).at[:, 0].set(0)
     x = x0 = norm(mix((1, x), (w["smear"] * gate, shift(x))))
     x = mix((1, x), (w["bigram_inject"][0], bigram))
-    x_skip = x_back = None
+    x_skip, x_back = x, None
     for i, kind in enumerate(c.layers.split(",")):
         scales, layer = take("qkv_scale", "out_scale"), take("up", "down")
         if "k" in kind:
@@ -221,7 +221,7 @@ def features(w, tokens_BT, c, view):
         x = mix((w["resid"][i, 1], x), (w["post"][i, 1], h @ layer["down"]))
         x_skip = x if "s" in kind else x_skip
         x_back = x if "b" in kind else x_back
-    return norm(mix((1, x), (-w["backout"], x_back)))
+    return norm(x if x_back is None else mix((1, x), (-w["backout"], x_back)))
 
 
 # The logits are 23 sigmoid((x + 5) / 7.5) (records 18, 54) = 11.5 + 11.5 cap(x).

@@ -324,7 +324,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
             pending = pending and note(*pending)
             spent += time.perf_counter() - began
             if (stopped or saving) and step > first:  # before validation, which could fail
-                need = 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+                need = 2**20 + 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
                 if shutil.disk_usage(run).free < need:  # orbax would say so in 700 lines
                     raise InputError(f"{run}: disk full: a save takes {need / 1e6:.0f} MB")
                 if step in manager.all_steps():  # one that could not be read
@@ -376,9 +376,9 @@ def main(argv: list[str]):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (InputError, data_fineweb.DataError, OSError) as error:
-        sys.exit(print(str(error).strip().splitlines()[0], file=sys.stderr) or 2)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (InputError, OSError, RuntimeError) as error:  # DataError is the same as InputError
+        full, text = "RESOURCE_EXHAUSTED" in str(error), str(error).strip().partition("\n")[0]
+        if isinstance(error, RuntimeError) and not (full or "initialize backend" in text):
             raise
-        sys.exit(print("out of device memory: try a smaller --device_rows=N", file=sys.stderr) or 2)
+        hint = "out of device memory: try a smaller --device_rows=N" if full else text
+        sys.exit(print(hint, file=sys.stderr) or 2)

@@ -94,9 +94,10 @@ def main(argv: list[str]):
     run.c = train_gpt.Config(**vars(run.c) | {"seed": seed})
     began, texts = time.perf_counter(), write(run, *mine.values())
     spent = time.perf_counter() - began
-    print(*texts, sep="\n" + "-" * 100 + "\n")
     count = mine["tokens"] * mine["samples"]
-    print(f"{count} tokens, {count / spent:.0f} tokens/s with compiling", file=sys.stderr)
+    if jax.process_index() == 0:
+        print(*texts, sep="\n" + "-" * 100 + "\n")
+        print(f"{count} tokens, {count / spent:.0f} tokens/s with compiling", file=sys.stderr)
 
 
 if __name__ == "__main__":

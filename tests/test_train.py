@@ -272,7 +272,9 @@ exit $status
 """
 
 
-@pytest.mark.parametrize("size, says, had", [("3500k", "runs/a: disk", "3, 6"), ("50k", "log", "")])
+@pytest.mark.parametrize(
+    "size, says, had", [("3500k", "runs/a: disk", "3, 6"), ("50k", "No space", "")]
+)
 def test_a_full_disk(finished, tmp_path, size, says, had):
     """One line that names the place; what was saved is kept, and it goes on when there is room."""
     command = [sys.executable, ROOT / "train_gpt.py", *ARGS, "--save_every=3"]
