@@ -176,9 +176,9 @@ def program(c: Config, mesh) -> SimpleNamespace:
         return f(params, rows) / rows[:, 1:].size
 
     def place(path, leaf):  # by the name in the table; a dimension of 1 is not split
-        axes = zip(table[path[-1].key].axes if path[-1].key in table else (), leaf.shape)
-        at = sharding.placed(mesh, [axis if size > 1 else None for axis, size in axes])
-        return leaf.update(sharding=at)
+        row = table.get(getattr(path[-1], "key", None))
+        axes = [a if size > 1 else None for a, size in zip(row.axes if row else (), leaf.shape)]
+        return leaf.update(sharding=sharding.placed(mesh, axes))
 
     like = jax.tree_util.tree_map_with_path(place, jax.eval_shape(init, 0))
     state_at = jax.tree.map(lambda leaf: leaf.sharding, like)
@@ -233,12 +233,12 @@ def start(c: Config):
     jax.config.update("jax_default_matmul_precision", "highest" if c.float32 else None)
     with suppress(RuntimeError):  # JAX is in use already, as in a notebook or a test
         if c.device != "auto":
-            jax.config.update("jax_platforms", {"gpu": "cuda"}.get(c.device, c.device))
+            jax.config.update("jax_platforms", {"gpu": "cuda,cpu"}.get(c.device, c.device))
         jax.config.update("jax_num_cpu_devices", c.cpu_devices)
         sharding.start_processes()
-    if jax.default_backend() == "cpu" and c.device != "cpu" and accelerator():
+    if jax.default_backend() == "cpu" != c.device and (c.device != "auto" or accelerator()):
         how = "install JAX's plugin (./launch does), end what else holds it, or say --device=cpu"
-        raise InputError(f"this machine has a {accelerator()}, but JAX sees the CPU alone: {how}")
+        raise InputError(f"JAX sees the CPU alone and no {accelerator() or c.device}: {how}")
 
 
 def opened(c: Config, run: Path):

@@ -16,6 +16,7 @@ from commands import ROOT, TINY, run
 from kill import same, values
 
 KEYS = dict(arg[2:].split("=") for arg in TINY)
+ON_CPU = pytest.mark.skipif(bool(train_gpt.accelerator()), reason="there is such a device")
 LINE = re.compile(
     r"^step:\d+/\d+ (val|train)_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$"
 )
@@ -107,6 +108,8 @@ def test_goes_on_where_a_killed_run_was_saved(finished, tmp_path):
         (["--preset=smoke", "--cpu_devices=5", "--steps=3"], "cannot be split 5 ways"),
         (["--preset=smoke", "--steps=100000"], "training data lasts"),
         (["--preset=smoke", "--stages=slow"], "unknown stages"),
+        pytest.param(["--preset=smoke", "--device=gpu"], "no gpu", marks=ON_CPU),
+        pytest.param(["--preset=smoke", "--device=tpu"], "tpu", marks=ON_CPU),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_2(tmp_path, args, says):
