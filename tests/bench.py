@@ -22,6 +22,7 @@ import numpy as np
 
 import hlo
 import sharding
+import tool
 import train_gpt
 from plan import table
 
@@ -118,9 +119,7 @@ def layout(c, stage: int) -> list[dict]:
 
 
 def main(argv: list[str]):
-    words = (word.removeprefix("--").partition("=") for word in argv)
-    keys = {"preset": "speedrun" if train_gpt.accelerator() else "smoke"}
-    keys |= {name: value if given else "true" for name, given, value in words}
+    keys = {"preset": "speedrun" if train_gpt.accelerator() else "smoke"} | tool.keys_of(argv)
     profile, path, meshes = (keys.pop(name, "") for name in ("profile", "csv", "meshes"))
     stage = keys.pop("stage", "0")
     c, rows, costs = train_gpt.Config(**keys), [], []
@@ -150,7 +149,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (sharding.InputError, OSError) as error:
-        sys.exit(print(str(error).strip().splitlines()[0], file=sys.stderr) or 2)
+    tool.run(main)

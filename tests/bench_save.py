@@ -14,13 +14,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import orbax.checkpoint as ocp
 
+import tool
 import train_gpt
 
 STEPS, EVERY = 30, 3
 
 
 def main(argv: list[str]):
-    keys = dict(word.removeprefix("--").split("=", 1) for word in argv)
+    keys = tool.keys_of(argv)
     defaults = {"preset": "smoke", "steps": STEPS, "val_tokens": 8192, "val_every": 10**6}
     c = train_gpt.Config(**defaults | {"save_every": EVERY} | keys)
     holds, save, ends = {}, ocp.CheckpointManager.save, []

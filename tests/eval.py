@@ -17,7 +17,8 @@ from huggingface_hub import hf_hub_download
 import data_fineweb
 import model
 import sharding
-from sample import keys_of, saved
+import tool
+from sample import saved, split
 from sharding import InputError
 
 REPO, FILE = "Rowan/hellaswag", "data/hellaswag_val.jsonl"
@@ -78,7 +79,7 @@ def scores(run, rows: np.ndarray, ending: np.ndarray, report=print) -> np.ndarra
 
 
 def main(argv: list[str]):
-    mine, keys = keys_of(argv, {"hellaswag": ""})
+    mine, keys = split(argv, {"hellaswag": ""})
     run = saved(keys)
     c, step = run.c, run.step
     corpus = data_fineweb.open_corpus(c.data, c.vocab, c.bos)
@@ -94,7 +95,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (InputError, data_fineweb.DataError, OSError) as error:
-        sys.exit(print(str(error).strip().splitlines()[0], file=sys.stderr) or 2)
+    tool.run(main)

@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import topologies
 
 import sharding
+import tool
 import train_gpt
 from hlo import PALLAS, cost
 from sharding import InputError
@@ -154,7 +155,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    keys = {name.removeprefix("--"): v for name, _, v in (word.partition("=") for word in argv)}
+    keys = tool.keys_of(argv)
     topology, only, path = (keys.pop(name, "") for name in ("topology", "only", "csv"))
     most, c = train_gpt.typed("top", keys.pop("top", 15), "15"), train_gpt.Config(**keys)
     jax.config.update("jax_platforms", "cpu")
@@ -194,7 +195,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (InputError, OSError) as error:
-        sys.exit(print(str(error).strip().splitlines()[0], file=sys.stderr) or 2)
+    tool.run(main)

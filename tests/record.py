@@ -23,6 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import curves
+import tool
 import train_gpt
 from sharding import InputError
 
@@ -108,7 +109,7 @@ def train(args: list[str]) -> int:
 
 
 def main(argv: list[str]):
-    keys = {k.lstrip("-"): v if eq else "true" for k, eq, v in (w.partition("=") for w in argv)}
+    keys = tool.keys_of(argv)
     name, n = keys.pop("name", ""), keys.pop("runs", "8")
     if not re.fullmatch(r"\w[\w.-]* [1-9]\d*", f"{name} {n}") or {"run", "resume"} & {*keys}:
         raise InputError(f"--name={name} --runs={n}: a name without /, runs > 0, no --run/--resume")
@@ -124,7 +125,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (InputError, OSError) as error:
-        sys.exit(print(str(error).strip().splitlines()[0], file=sys.stderr) or 2)
+    tool.run(main)

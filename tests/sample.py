@@ -17,14 +17,14 @@ from jax import lax
 import data_fineweb
 import model
 import sharding
+import tool
 import train_gpt
 from sharding import InputError
 
 
-def keys_of(argv: list[str], own: dict) -> tuple[dict, dict]:
+def split(argv: list[str], own: dict) -> tuple[dict, dict]:
     """Our own keys, typed as in `own`, and those of Config."""
-    words = (word.removeprefix("--").partition("=") for word in argv)
-    keys = {name: value if given else "true" for name, given, value in words}
+    keys = tool.keys_of(argv)
     for name in keys:
         train_gpt.choose("key", name, [*own, *train_gpt.FREE])
     mine = {n: train_gpt.typed(n, keys.pop(n, like), str(like)) for n, like in own.items()}
@@ -86,7 +86,7 @@ def write(run, prompt: str, n: int, samples: int, temperature: float, top_k: int
 
 def main(argv: list[str]):
     own = {"prompt": "\n", "tokens": 256, "samples": 1, "temperature": 0.8, "top_k": 50}
-    mine, keys = keys_of(argv, own | {"seed": 0})
+    mine, keys = split(argv, own | {"seed": 0})
     seed = mine.pop("seed")
     if min(mine["tokens"], mine["samples"], mine["top_k"]) < 1:
         raise InputError("--tokens, --samples and --top_k are at least 1")
@@ -101,7 +101,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (InputError, data_fineweb.DataError, OSError) as error:
-        sys.exit(print(str(error).strip().splitlines()[0], file=sys.stderr) or 2)
+    tool.run(main)

@@ -11,7 +11,9 @@ import train_gpt
 from commands import ROOT, TINY
 
 README = (ROOT / "README.md").read_text()
-LINES = re.findall(r"^ *(?:\./launch|python train_gpt\.py|srun .*?train_gpt\.py)(.*)$", README, re.M)
+LINES = re.findall(
+    r"^ *(?:\./launch|python train_gpt\.py|srun .*?train_gpt\.py)(.*)$", README, re.M
+)
 CHANGES = re.findall(r"```diff\n(.*?)```", README, re.S)
 OWN = {  # keys of the tools in tests/
     "train": [],
