@@ -1,0 +1,277 @@
+"""launch, with stubs beside it: the processes of --nproc, and which Python it takes."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NEEDS = re.findall(r'"([a-z-]+>=[\d.]+)"', (ROOT / "pyproject.toml").read_text())
+TESTS = ["pytest", "ruff", "nbclient", "ipykernel"]
+STUB = """
+import os, signal, sys, time
+rank, heard = int(os.environ.get("RANK", -1)), []
+def hear(*_):
+    heard.append(1)
+    print("heard", flush=True)
+def wait_and_save():
+    while not heard:
+        time.sleep(0.02)
+    time.sleep(1)  # in which a second one would come
+    print("saved after", len(heard), flush=True)
+    sys.exit(75)
+exec(sys.argv[1])
+"""
+HEARS = "signal.signal(signal.SIGTERM, hear); print('ready'); "
+
+
+def project(folder: Path) -> Path:
+    """The folder with a copy of launch, that looks for TPUs below it, and a stub to run."""
+    text = (ROOT / "launch").read_text().replace("/sys/bus/pci", f"{folder}/pci")
+    executable(folder / "launch", text)
+    (folder / "train_gpt.py").write_text(STUB)
+    return folder
+
+
+def executable(path: Path, text: str):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+class Launch(subprocess.Popen):
+    """launch with a stub that runs the Python code which it is given."""
+
+    def __init__(self, folder, *args):
+        out, err = (folder / "out").open("w"), (folder / "err").open("w")
+        env = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "TMPDIR": str(folder)}
+        command = [project(folder) / "launch", *args]
+        super().__init__(command, stdout=out, stderr=err, env=env, start_new_session=True)
+        self.out, self.err = (folder / "out").read_text, (folder / "err").read_text
+
+    def until(self, word, times):
+        end = time.monotonic() + 60
+        while self.out().count(word) < times:
+            assert self.poll() is None and time.monotonic() < end, self.out() + self.err()
+            time.sleep(0.02)
+
+
+def test_processes_have_ranks_a_port_and_a_prefix(tmp_path):
+    keys = "[os.environ[k] for k in ('LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')]"
+    code = f"print('to out', {keys}, sys.argv[2:]); print('one\\ntwo', file=sys.stderr)"
+    launch = Launch(tmp_path, "--nproc=3", code, "--a=b c", "--d=*")
+    assert launch.wait(60) == 0
+    port = re.search(r"'(\d+)'\] ", launch.out())[1]
+    want = "[{0}] to out ['{0}', '3', '127.0.0.1', '{1}'] ['--a=b c', '--d=*']"
+    assert sorted(launch.out().splitlines()) == [want.format(rank, port) for rank in range(3)]
+    want = [f"[{rank}] {word}" for rank in range(3) for word in ("one", "two")]
+    assert sorted(launch.err().splitlines()) == want
+    assert 1024 <= int(port) < 65535  # the one above is taken, too
+    assert not list(tmp_path.glob("tmp.*"))
+
+
+def test_output_is_seen_at_once(tmp_path):
+    launch = Launch(tmp_path, "--nproc=2", "print('begun'); time.sleep(600)")
+    launch.until("begun", 2)
+    launch.terminate()
+    assert launch.wait(60) == 128 + signal.SIGTERM  # a stub without a handler
+
+
+@pytest.mark.parametrize("args", [[], ["--nproc=1"]])
+def test_one_process_takes_the_place_of_launch(tmp_path, args):
+    launch = Launch(tmp_path, *args, "print(os.getpid(), rank, sys.argv[2:]); sys.exit(75)", "--a")
+    assert launch.wait(60) == 75
+    assert launch.out() == f"{launch.pid} -1 ['--a']\n"
+
+
+@pytest.mark.parametrize(
+    "code, status, says",
+    [
+        ("rank == 1 and sys.exit('what\\nwent wrong'); time.sleep(600)", 1, "what\nwent wrong"),
+        ("rank == 1 and os.kill(os.getpid(), 9); time.sleep(600)", 137, ""),  # from outside
+        ("rank or sys.exit(75); time.sleep(0.5); rank == 1 and sys.exit('full')", 1, "full"),
+    ],
+)
+def test_a_failure_ends_the_others_and_is_said_last(tmp_path, code, status, says):
+    launch = Launch(tmp_path, "--nproc=3", code + "; time.sleep(600)")
+    assert launch.wait(60) == status
+    assert launch.err().endswith(f"launch: [1] status {status}: {says}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_passed_on_once_and_waited_for(tmp_path, number):
+    launch = Launch(tmp_path, "--nproc=2", HEARS + "wait_and_save()")
+    launch.until("ready", 2)
+    os.killpg(launch.pid, number)  # as a terminal and `timeout` do
+    assert launch.wait(60) == 75
+    saved = sorted(line for line in launch.out().splitlines() if "saved" in line)
+    assert saved == ["[0] saved after 1", "[1] saved after 1"]
+    assert launch.err() == ""
+
+
+def test_a_second_signal_kills(tmp_path):
+    launch = Launch(tmp_path, "--nproc=2", HEARS + "time.sleep(600)")
+    launch.until("ready", 2)
+    launch.terminate()
+    launch.until("heard", 2)
+    launch.terminate()
+    assert launch.wait(60) == 128 + signal.SIGKILL
+
+
+def test_one_preempted_process_lets_the_others_save(tmp_path):
+    code = "rank or sys.exit(75); time.sleep(1); print('saved'); sys.exit(75)"
+    launch = Launch(tmp_path, "--nproc=2", code)
+    assert launch.wait(60) == 75
+    assert launch.out() == "[1] saved\n" and launch.err() == ""
+
+
+@pytest.mark.parametrize("word", ["0", "-1", "2x", "", "1000"])
+def test_junk_for_nproc_is_one_line_and_2(tmp_path, word):
+    launch = Launch(tmp_path, f"--nproc={word}", "print('begun')")
+    assert launch.wait(60) == 2 and launch.out() == ""
+    assert launch.err() == f"launch: --nproc={word}: expected 1 to 999\n"
+
+
+# ---- which Python: python3 and nvidia-smi are stubs; the file `has` lists a Python's packages
+
+PYTHON = f"""#!{sys.executable} -IS
+import os, shutil, sys, time
+from pathlib import Path
+home, args, log = Path(sys.argv[0]).parent.parent, sys.argv[1:], Path(os.environ["LOG"])
+has = (home / "has").read_text().split() if (home / "has").exists() else []
+key = lambda need: (need.partition(">=")[0], [int(n) for n in need.partition(">=")[2].split(".")])
+if args[:2] == ["-m", "venv"]:
+    os.makedirs(args[2] + "/bin", exist_ok=True)
+    shutil.copy(sys.argv[0], args[2] + "/bin/python")
+elif args[:5] == ["-m", "pip", "install", "-q", "--dry-run"]:
+    assert args[5] == "--no-index"
+    for need in args[6:]:
+        name, least = key(need + ">=0" * (">=" not in need))
+        assert any(name == n and v >= least for n, v in map(key, has)), need
+elif args[:4] == ["-m", "pip", "install", "-q"]:
+    log.open("a").write(" ".join(args[4:]) + "\\n")
+    while Path(f"{{log}}.is-slow").exists():
+        time.sleep(0.02)
+    if Path(f"{{log}}.fails").exists():
+        sys.exit("WARNING: trying again\\nERROR: no route to host")
+else:
+    print(*args, os.environ.get("JAX_PLATFORMS"))
+"""
+
+
+class Machine:
+    """A folder with the project, and one that comes first on PATH."""
+
+    def __init__(self, folder, has=("jax>=0.10.1", *NEEDS[1:], "pytest>=8")):
+        self.folder, self.log = project(folder), folder / "log"
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        executable(folder / "base/bin/python3", PYTHON)
+        executable(folder / "base/bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
+        (folder / "base/has").write_text("\n".join(has))
+
+    def start(self, *args):
+        env = {"PATH": f"{self.folder}/base/bin:/usr/bin:/bin", "LOG": str(self.log)}
+        command, pipe = [self.folder / "launch", *args], subprocess.PIPE
+        return subprocess.Popen(
+            command, stdout=pipe, stderr=pipe, text=True, env=env, start_new_session=True
+        )
+
+    def installs(self, *args) -> list:
+        """What pip is asked for in a run, which must go well: nothing where python3 will do."""
+        self.log.write_text("")
+        process = self.start(*args)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and f"{self.folder}/train_gpt.py" in out + err, out + err
+        return self.log.read_text().split()
+
+
+def test_a_python3_that_has_everything_is_used(tmp_path):
+    machine = Machine(tmp_path)
+    assert machine.installs() == [] and not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize("i, has", [(0, "jax>=0.9.2"), (3, "scipy>=1"), (7, "ruff>=1")])
+def test_a_python3_that_lacks_something_is_not(tmp_path, i, has):
+    all_but_one = [*NEEDS, "pytest>=8"]
+    all_but_one[i] = has
+    machine = Machine(tmp_path, all_but_one)
+    assert machine.installs() == [*NEEDS, *TESTS] and (tmp_path / ".venv/made").exists()
+    assert machine.installs() == []
+
+
+def test_pip_itself_says_what_a_python_has():
+    ask = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--no-index", *NEEDS]
+    if subprocess.run([*ask[:3], "--version"], capture_output=True).returncode:
+        pytest.skip("no pip in this Python")
+    for more, status in (["pytest"], 0), (["optax>=99"], 1):
+        assert subprocess.run([*ask, *more], capture_output=True).returncode == status, more
+
+
+@pytest.mark.parametrize(
+    "driver, cuda",
+    [
+        ("CUDA Version: 9.2", 12),
+        ("CUDA Version: 12.8", 12),
+        ("CUDA Version: 13.0", 13),
+        ("CUDA UMD Version: 13.2", 13),
+        ("CUDA UMD Version: 14.1", 13),
+        ("CUDA Version: N/A", 13),
+    ],
+)
+def test_the_cuda_of_jax_suits_the_driver(tmp_path, driver, cuda):
+    machine = Machine(tmp_path)
+    says = f"[ $1. != . ] && echo GPU 0 || echo '| SMI 570.1  Driver Version: 570.1  {driver} |'"
+    executable(tmp_path / "base/bin/nvidia-smi", f"#!/bin/sh\n{says}\n")
+    assert machine.installs()[0] == f"jax[cuda{cuda}]>=0.10"
+    assert machine.installs() == []
+
+
+@pytest.mark.parametrize("device, tpu", [("0042", 0), ("001F", 0), ("0063", 1), ("005E", 1)])
+def test_network_and_disks_of_google_are_no_tpu(tmp_path, device, tpu):
+    uevent = tmp_path / "pci/devices/0000:00:04.0/uevent"
+    uevent.parent.mkdir(parents=True)
+    uevent.write_text(f"DRIVER=x\nPCI_ID=1AE0:{device}\nPCI_SUBSYS_ID=1AE0:0063\n")
+    assert Machine(tmp_path).installs()[:1] == ["jax[tpu]>=0.10"] * tpu
+
+
+def test_new_dependencies_are_installed(tmp_path):
+    machine = Machine(tmp_path, has=[])
+    assert machine.installs() == [*NEEDS, *TESTS]
+    pyproject = tmp_path / "pyproject.toml"
+    pyproject.write_text(pyproject.read_text().replace("optax>=0.2.8", "optax>=0.2.12"))
+    assert "optax>=0.2.12" in machine.installs() and machine.installs() == []
+
+
+def test_an_install_that_was_cut_short_is_done_again(tmp_path):
+    machine = Machine(tmp_path, has=[])
+    (slow := tmp_path / "log.is-slow").touch()
+    process = machine.start()
+    while not (machine.log.exists() and machine.log.read_text()):
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    slow.unlink()
+    assert machine.installs() == [*NEEDS, *TESTS] and machine.installs() == []
+
+
+def test_without_a_network_one_line_of_launch_says_so(tmp_path):
+    machine = Machine(tmp_path, has=[])
+    (fails := tmp_path / "log.fails").touch()
+    process = machine.start()
+    said = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 2
+    assert ["network" in line for line in said] == [False, False, True], said  # two are pip's
+    fails.unlink()
+    assert machine.installs() == [*NEEDS, *TESTS]
+
+
+def test_the_command_test_runs_pytest_on_the_cpu(tmp_path):
+    process = Machine(tmp_path).start("test", "-k", "a b")
+    assert process.communicate(timeout=60)[0] == f"-m pytest -q {tmp_path}/tests -k a b cpu\n"
+    assert process.returncode == 0
