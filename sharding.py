@@ -18,7 +18,7 @@ RULES = {
 } | dict.fromkeys(["vocab", "heads", "ffn"], ("tensor",))  # Megatron (arXiv:1909.08053)
 ROWS = RULES["rows"]
 # How `by_rows` cuts an array with these logical axes, and how many parts such an axis has.
-part = lambda axes=(): P(*(tuple(n for n in RULES.get(a, ()) if n in ROWS) or None for a in axes))
+part = lambda a=(), on=ROWS: P(*(tuple(n for n in RULES.get(x, ()) if n in on) or None for x in a))
 ways = lambda mesh, axis: int(np.prod([mesh.shape[name] for name in RULES.get(axis, ())]))
 
 
@@ -56,14 +56,16 @@ def placed(mesh: Mesh, axes, shape=(), name: str = "") -> NamedSharding:
 
 def by_rows(mesh: Mesh, f, ins, out):
     """f, written for the rows of one device, on whole arrays; ins and out are from `part`."""
-    # Reduce-scatter and Pallas need these axes to be ours; `tensor` is XLA's.
-    own = {name for name, size in mesh.shape.items() if name in ROWS or size == 1}
+    own = {n for n, size in mesh.shape.items() if n in ROWS or size == 1}  # `tensor` is XLA's
     return jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=out, axis_names=own, check_vma=False)
 
 
 def gathered(w, axes):
-    """A weight for use: whole but for `tensor`; its gradient is reduce-scattered, in w's dtype."""
-    return lax.all_gather(w, "fsdp", axis=axes.index("embed"), tiled=True) if "embed" in axes else w
+    """A weight for use: whole but for `tensor`, if that is ours, too; gradients are scattered."""
+    f = lambda w: lax.all_gather(w, "fsdp", axis=axes.index("embed"), tiled=True)
+    at, own = part(axes, ["tensor"]), {"tensor"} - {*jax.sharding.get_abstract_mesh().manual_axes}
+    f = jax.shard_map(f, in_specs=at, out_specs=at, axis_names=own, check_vma=False) if own else f
+    return f(w) if "embed" in axes else w
 
 
 def summed(g, axes=()):
@@ -95,7 +97,6 @@ def spread(mesh: Mesh, f, *stacks):
 def global_rows(mesh: Mesh, n: int, read) -> jax.Array:
     """n rows over the devices, each process making its own: read(first, count) -> array."""
     at = placed(mesh, ["rows"], [n], "batch")
-    cuts = [s[0].indices(n) for s in at.addressable_devices_indices_map((n,)).values()]
-    first, stop = min(cut[0] for cut in cuts), max(cut[1] for cut in cuts)
-    local = read(first, stop - first)
+    cuts = sorted(s[0].indices(n) for s in at.addressable_devices_indices_map((n,)).values())
+    local = read(cuts[0][0], cuts[-1][1] - cuts[0][0])
     return jax.make_array_from_process_local_data(at, local, (n, *local.shape[1:]))
