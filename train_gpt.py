@@ -289,8 +289,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
     held_out = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
     mesh, p, manager, state, meta = opened(c, run)
     val = sharding.global_rows(mesh, len(held_out), lambda first, n: held_out[first : first + n])
-    rows = lambda step: partial(data_fineweb.batch, plan[step])
-    batch = lambda step: sharding.global_rows(mesh, c.rows, rows(step))
+    batch = lambda i: sharding.global_rows(mesh, c.rows, partial(data_fineweb.batch, plan[i]))
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
     n = sharding.ways(mesh, "rows")
     each = f"{n} devices x {c.rows // n // (k := turns(c, c.rows // n))} row x {k} accumulation"
@@ -304,6 +303,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
         jobs["val", i] = partial(p.evaluate.lower, like, val, i)
     with ThreadPoolExecutor() as pool:
         compiled = dict(zip(jobs, pool.map(lambda lower: lower().compile(), jobs.values())))
+    ocp.multihost.get_barrier_sync_fn()(key="all have compiled", timeout_ms=3600_000)  # Gloo: 30 s
     journal.say(f"compiled {len(jobs)} programs in {time.perf_counter() - began:.1f} s")
     state = state or p.init(c.seed)
 
