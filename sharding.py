@@ -61,7 +61,7 @@ def by_rows(mesh: Mesh, f, ins, out):
 
 
 def gathered(w, axes):
-    """A weight for use: whole but for `tensor`, if that is ours, too; gradients are scattered."""
+    """A weight for use: whole but for `tensor`: ours here, too, or XLA gathers it."""
     f = lambda w: lax.all_gather(w, "fsdp", axis=axes.index("embed"), tiled=True)
     at, own = part(axes, ["tensor"]), {"tensor"} - {*jax.sharding.get_abstract_mesh().manual_axes}
     f = jax.shard_map(f, in_specs=at, out_specs=at, axis_names=own, check_vma=False) if own else f
