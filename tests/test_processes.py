@@ -1,0 +1,196 @@
+"""Several processes, real ones: they find each other, train as one does, stop and go on together.
+
+Each run is the next one's start, as compiling takes most of the time.
+"""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import sharding
+import train_gpt
+from commands import ROOT, TINY, run
+from kill import values
+
+ARGS = [*TINY, "--width=16", "--layers=pvs,k,bl", "--steps=20", "--val_every=99", "--save_every=5"]
+ARGS += ["--run=a", "--device_rows=1"]
+
+
+def losses(folder) -> dict:
+    return {x[:2]: float(x[2]) for x in values(folder) if x[1].endswith("loss")}
+
+
+def same_losses(a, b):
+    a, b = losses(a), losses(b)
+    assert a.keys() == b.keys() and len(a) == 22
+    worst = max(abs(a[key] / b[key] - 1) for key in a)
+    print(f"worst relative difference of 22 losses: {worst:.1e}")
+    assert worst < 1e-4
+
+
+def cut(old, folder, step=10):
+    """A copy of the run, as if it had been killed after the save of that step."""
+    shutil.copytree(old / "runs", folder / "runs")
+    for path in (folder / "runs/a/checkpoints").iterdir():
+        if int(path.name) > step:
+            shutil.rmtree(path)
+    log = folder / "runs/a/log.txt"
+    log.write_text(log.read_text().partition("step:20/20")[0])
+
+
+def by_hand(folder, *environments):
+    """`python train_gpt.py` in each of the environments. -> what they said"""
+    command = [sys.executable, ROOT / "train_gpt.py", "--cpu_devices=4", *ARGS]
+    start = lambda env: subprocess.Popen(
+        command, cwd=folder, env=os.environ | env, stdout=-1, stderr=-2, text=True
+    )
+    both = [start(env) for env in environments]
+    try:
+        said = [process.communicate(timeout=600)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], said
+    return said
+
+
+def launched(folder, word, number):
+    """Sends one of two processes a signal when the log has the word. -> status, output"""
+    log, out = folder / "runs/a/log.txt", folder / "out"
+    command = [ROOT / "launch", "--nproc=2", "--cpu_devices=4", *ARGS]
+    env = os.environ | {"PYTHON": sys.executable}
+    with out.open("w") as file:
+        with subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=file) as launch:
+            while not (log.exists() and word in log.read_text()):
+                assert launch.poll() is None, out.read_text()
+                time.sleep(0.02)
+            children = f"/proc/{launch.pid}/task/{launch.pid}/children"
+            ours = [pid for pid in open(children).read().split() if rank(pid) == "1"]
+            os.kill(int(ours[0]), number)
+            launch.wait(300)
+    return launch.returncode, out.read_text()
+
+
+def rank(pid: str) -> str:
+    env = open(f"/proc/{pid}/environ").read()
+    found = re.search(r"(?:^|\0)RANK=(\d+)", env)
+    python = "train_gpt.py" in open(f"/proc/{pid}/cmdline").read()
+    return found[1] if found and python else ""
+
+
+def port() -> str:
+    with socket.create_server(("", 0)) as server:
+        return str(server.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """One process with 8 devices."""
+    folder = tmp_path_factory.mktemp("one")
+    done = run(folder, *ARGS, "--cpu_devices=8")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    return folder, *launched(folder, "step:3/20", signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def killed(stopped):
+    folder, status, said = stopped
+    assert status == 75, said
+    return folder, *launched(folder, "step:12/20", signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def two(killed):
+    """After all that, by torchrun's variables alone."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+    folder = killed[0]
+    return folder, *by_hand(folder, *({"RANK": n, "LOCAL_RANK": n} | world for n in "01"))
+
+
+def test_sigterm_to_one_saves_in_all_at_the_same_step(stopped):
+    folder, status, said = stopped
+    assert status == 75, said
+    (step,) = {int(step) for step in re.findall(r"stopped after step (\d+), saved", said)}
+    assert 3 <= step < 20
+    assert str(step) in os.listdir(folder / "runs/a/checkpoints")
+
+
+def test_sigkill_of_one_ends_all_and_is_said_last(killed):
+    folder, status, said = killed
+    assert status == 128 + signal.SIGKILL
+    assert "launch: [1] status 137" in "".join(said.splitlines()[-4:]), said[-2000:]
+    assert "10" in os.listdir(folder / "runs/a/checkpoints")
+
+
+def test_stopped_killed_and_gone_on_has_the_losses_of_one_process(one, two):
+    c = train_gpt.Config(**dict(arg[2:].split("=") for arg in ARGS))
+    assert c.float32 and [c.stage(step) for step in (0, 7, 13)] == [0, 1, 2]  # untied in 13, too
+    assert "step:11/20" not in two[2] and "step:20/20 val_loss" in two[1]
+    same_losses(two[0], one)
+
+
+def test_one_device_that_accumulates_has_the_losses_of_one_process(one, tmp_path):
+    assert run(tmp_path, *ARGS).returncode == 0
+    same_losses(tmp_path, one)
+
+
+def test_only_the_first_process_writes(two):
+    folder, first, second = two
+    log = (folder / "runs/a/log.txt").read_text()
+    steps = [x.split(" train_time")[0] for x in log.splitlines() if x.startswith("step:")]
+    assert len(steps) == len(set(steps)) == 22
+    lines = (folder / "runs/a/metrics.csv").read_text().splitlines()
+    names = [tuple(line.split(",")[i] for i in (0, 2)) for line in lines]
+    assert len(names) == len(set(names)) == 1 + 20 + 20 + 2
+    assert len(list((folder / "runs/a/tensorboard").iterdir())) == 3  # a file for each start
+    assert "step:20/20" in first and "step:" not in second
+
+
+def test_slurm_and_a_checkpoint_of_one_process_in_two(one, tmp_path):
+    """JAX takes the port by the job's number, and the first node's name."""
+    cut(one, tmp_path)
+    job = {"SLURM_JOB_ID": port(), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    job |= {"SLURM_STEP_NUM_NODES": "1"}
+    said = by_hand(tmp_path, *({"SLURM_PROCID": n, "SLURM_LOCALID": n} | job for n in "01"))
+    assert "8 devices" in said[0] and "step:20/20" in said[0] and "step:" not in said[1]
+    assert "step:10/20" not in said[0]
+    same_losses(tmp_path, one)
+
+
+def test_a_checkpoint_of_two_processes_in_one(one, two, tmp_path):
+    cut(two[0], tmp_path, 15)
+    done = run(tmp_path, *ARGS, "--cpu_devices=8")
+    assert done.returncode == 0 and "step:15/20" not in done.stdout, done.stderr
+    same_losses(tmp_path, one)
+
+
+def test_a_process_reads_only_its_rows(monkeypatch):
+    """As the second of two with 4 devices each: rows 4 to 7, or the 4 of its half of `data`."""
+    mesh = sharding.make_mesh("fsdp:8")
+    at = sharding.placed(mesh, ["rows"])
+    theirs = {d: i for d, i in at.devices_indices_map((8,)).items() if d.id >= 4}
+    asked = []
+
+    class Half:
+        addressable_devices_indices_map = lambda self, shape: theirs
+
+    monkeypatch.setattr(sharding, "placed", lambda *args: Half())
+    make = lambda at, local, shape: (local, shape)
+    monkeypatch.setattr(sharding.jax, "make_array_from_process_local_data", make)
+    read = lambda first, n: asked.append((first, n)) or np.zeros((n, 5), np.uint16)
+    local, shape = sharding.global_rows(mesh, 8, read)
+    assert asked == [(4, 4)] and local.shape == (4, 5) and shape == (8, 5)
