@@ -368,7 +368,7 @@ def main(argv: list[str]):
     # If one of several processes gets SIGTERM, this says so in all at the same step.
     stop = lambda step: reached_preemption_sync_point(step) or heard and jax.process_count() == 1
     run = train(c, stop).run_dir
-    if (HERE / "tests/sample.py").exists():
+    if jax.process_count() == 1 and (HERE / "tests/sample.py").exists():
         main(["sample", f"--run={run.name}", f"--device={c.device}"])
 
 

@@ -1,7 +1,12 @@
 """The tests run on 8 virtual CPU devices, whatever the machine has."""
 
+import os
 import sys
 from pathlib import Path
+
+# Programs that one test compiled, many others run; JAX would keep those above a second alone.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache/jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 

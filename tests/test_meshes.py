@@ -96,12 +96,12 @@ def updates(mesh: str):
 
 @pytest.mark.parametrize("mesh", ["fsdp:8", "data:8", "fsdp:4,tensor:2"])
 def test_newton_schulz_is_split_over_all_devices(mesh):
-    """By the compiler's count, which has all else in it, too: less than a tenth."""
+    """By the compiler's count, which has all else in it, too, on `data` once for each device."""
     for at, devices in (("fsdp:1", 1), (mesh, 8)):
         p, update = updates(at)
         ratio = update.cost_analysis()["flops"] / newton_schulz(p, devices)
         print(f"{at}: {update.cost_analysis()['flops'] / 1e6:.1f} MFLOPs, {ratio:.3f} of the sum")
-        assert 1 <= ratio < 1.1
+        assert 1 <= ratio < 1.2
 
 
 def collectives(text: str):
