@@ -81,11 +81,9 @@ def yarn(K: int, longs) -> tuple[np.ndarray, float]:
     return np.concatenate([freqs, np.zeros(K // 4)]).astype(np.float32), scale
 
 
-def norm(x):  # RMSNorm without weights, in float32
-    square = jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True)
-    return (x * lax.rsqrt(square + 1.1920929e-07)).astype(x.dtype)
-
-
+# RMSNorm without weights is x * root(x), or a product with x times root(x), in float32.
+root = lambda x: lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True) + 2**-23)
+norm = lambda x: (x * root(x)).astype(x.dtype)
 # Sum of scalar * array, in float32, rounded once; x (..., T, D) of the token before.
 mix = lambda *terms: sum(a * x.astype(jnp.float32) for a, x in terms).astype(terms[0][1].dtype)
 shift = lambda x: jnp.concatenate([x[..., :1, :], x[..., :-1, :]], -2)
@@ -167,17 +165,18 @@ def splash(q, k, v, doc, window: int, P: int):
     return splash_kernel(H, N // P, window, P)(q, k, v, jnp.tile(doc, P))
 
 
-def attention(y, ve, w, kind: str, view, doc):
-    """Attention of the normed stream y (B, T, D), w one layer's weights, ve (B, T, D) or None."""
-    (B, T, D), K, P = y.shape, 2 * len(view.freqs), 1 + ("p" in kind)
+def attention(x, ve, w, kind: str, view, doc, root=root):
+    """Attention of the stream x (B, T, D), w one layer's weights, ve (B, T, D) or None."""
+    (B, T, D), K, P, size = x.shape, 2 * len(view.freqs), 1 + ("p" in kind), root(x)
     # Heads before tokens from here on: a TPU's tiles are the last two axes.
-    qkv = (w["qkv_scale"] * w["qkv"]).astype(y.dtype).reshape(3, -1, K, D)
-    q, k, v = (jnp.einsum("btd,hkd->bhtk", y, x) for x in qkv)
-    gate = lambda x, n: lax.logistic(jnp.einsum("btg,hg->bht", x, w[n])).astype(y.dtype)[..., None]
+    qkv = (w["qkv_scale"] * w["qkv"]).astype(x.dtype).reshape(3, -1, K, D)
+    q, k, v = (jnp.einsum("btd,hkd->bhtk", x, rows) for rows in qkv)  # q and k are normed below
+    gate = lambda y, n: lax.logistic(jnp.einsum("btg,hg->bht", y, w[n])).astype(x.dtype)[..., None]
+    y, v = mix((size, x[..., :G])), [(size[:, None], v)]
     if "v" in kind:
         both = jnp.concatenate([y[..., : G // 2], ve[..., : G // 2]], -1)
-        open = gate(y[..., :G] if P == 2 else both, "value_gate")
-        v = mix((1, v), (2 * open, ve.reshape(B, T, -1, K).swapaxes(1, 2)))
+        open = gate(y if P == 2 else both, "value_gate")
+        v += [(2 * open, ve.reshape(B, T, -1, K).swapaxes(1, 2))]
     time = P * jnp.arange(T, dtype=jnp.float32)[:, None] + jnp.arange(P)[:, None, None]
     # In pairs the record turns odd heads one further; its pairs are h and h + H/2, ours neighbours.
     odd = np.arange(q.shape[1]).reshape(P, -1).T.ravel() % P if P == 2 else np.zeros(1, int)
@@ -185,9 +184,9 @@ def attention(y, ve, w, kind: str, view, doc):
     if "l" in kind:  # dims that do not turn look one token back (record 49)
         k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
     q, window = (view.scale * q).astype(q.dtype), view.long if "l" in kind else view.short
-    rows = (x.reshape(B, -1, P * T, K) for x in (q, k, v))
-    o = view.attend(*rows, doc, window, P).reshape(q.shape) * gate(y[..., :G], "attn_gate")
-    out = (w["out_scale"] * w["out"]).astype(y.dtype).reshape(D, -1, K)
+    rows = (x.reshape(B, -1, P * T, K) for x in (q, k, mix(*v)))
+    o = view.attend(*rows, doc, window, P).reshape(q.shape) * gate(y, "attn_gate")
+    out = (w["post"] * w["out_scale"] * w["out"]).astype(x.dtype).reshape(D, -1, K)
     return jnp.einsum("bhtk,dhk->btd", o, out)
 
 
@@ -211,14 +210,14 @@ def features(w, tokens_BT, c, view):
             gate = jax.nn.sigmoid(w["skip"]) * 2 * jax.nn.sigmoid(x0[..., :G] @ w["skip_gate"].T)
             x = mix((1, x), (gate, x_skip))
         else:
-            layer |= scales | take("qkv", "out", "attn_gate")
+            layer |= scales | take("qkv", "out", "attn_gate") | {"post": w["post"][i, 0]}
             layer |= take("value_gate") if "v" in kind else {}
             ve = next(values) if "v" in kind else None
-            y = attention(norm(x if x_back is None else x_back), ve, layer, kind, view, doc)
+            y = attention(x if x_back is None else x_back, ve, layer, kind, view, doc)
             inject = [(w["x0_inject"][i], x0), (w["bigram_inject"][i], bigram)]
-            x = mix((w["resid"][i, 0], x), (w["post"][i, 0], y), *inject[: 2 if i else 1])
-        h = jnp.square(jax.nn.relu(norm(x) @ layer["up"].T))  # ReLU^2, arXiv:2109.08668
-        x = mix((w["resid"][i, 1], x), (w["post"][i, 1], h @ layer["down"]))
+            x = mix((w["resid"][i, 0], x), (1, y), *inject[: 2 if i else 1])
+        h = jnp.square(jax.nn.relu(mix((root(x), x @ layer["up"].T))))  # ReLU^2, arXiv:2109.08668
+        x = mix((w["resid"][i, 1], x), (1, h @ (w["post"][i, 1] * layer["down"]).astype(h.dtype)))
         x_skip = x if "s" in kind else x_skip
         x_back = x if "b" in kind else x_back
     return norm(x if x_back is None else mix((1, x), (-w["backout"], x_back)))
