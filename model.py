@@ -22,8 +22,8 @@ G = 12  # gates read the first dims of the stream (record 28)
 # group's learning rate and decay; with betas it is Adam's, without Muon's.
 Param = namedtuple("Param", "shape axes init lr wd betas", defaults=(1, ()))
 # What a stage sets: windows (a token sees itself and so many before), frequencies of half a head
-# (K/2,), the last half of them 0 (record 17), the scale of the attention logits; and what attends.
-View = namedtuple("View", "short long freqs scale attend")
+# (K/2,), the last half 0 (record 17), scale of the logits; what attends, if it is to save memory.
+View = namedtuple("View", "short long freqs scale attend small", defaults=(False,))
 
 
 def param_table(c) -> dict:
@@ -165,18 +165,18 @@ def splash(q, k, v, doc, window: int, P: int):
     return splash_kernel(H, N // P, window, P)(q, k, v, jnp.tile(doc, P))
 
 
-def attention(x, ve, w, kind: str, view, doc, root=root):
-    """Attention of the stream x (B, T, D), w one layer's weights, ve (B, T, D) or None."""
-    (B, T, D), K, P, size = x.shape, 2 * len(view.freqs), 1 + ("p" in kind), root(x)
+def attention(x, size, w, kind: str, view, doc):
+    """Attention of the stream x (B, T, D), size its root (B, T, 1), w a layer's weights and ve."""
+    (B, T, D), K, P = x.shape, 2 * len(view.freqs), 1 + ("p" in kind)
     # Heads before tokens from here on: a TPU's tiles are the last two axes.
     qkv = (w["qkv_scale"] * w["qkv"]).astype(x.dtype).reshape(3, -1, K, D)
     q, k, v = (jnp.einsum("btd,hkd->bhtk", x, rows) for rows in qkv)  # q and k are normed below
     gate = lambda y, n: lax.logistic(jnp.einsum("btg,hg->bht", y, w[n])).astype(x.dtype)[..., None]
     y, v = mix((size, x[..., :G])), [(size[:, None], v)]
     if "v" in kind:
-        both = jnp.concatenate([y[..., : G // 2], ve[..., : G // 2]], -1)
+        both = jnp.concatenate([y[..., : G // 2], w["ve"][..., : G // 2]], -1)
         open = gate(y if P == 2 else both, "value_gate")
-        v += [(2 * open, ve.reshape(B, T, -1, K).swapaxes(1, 2))]
+        v += [(2 * open, w["ve"].reshape(B, T, -1, K).swapaxes(1, 2))]
     time = P * jnp.arange(T, dtype=jnp.float32)[:, None] + jnp.arange(P)[:, None, None]
     # In pairs the record turns odd heads one further; its pairs are h and h + H/2, ours neighbours.
     odd = np.arange(q.shape[1]).reshape(P, -1).T.ravel() % P if P == 2 else np.zeros(1, int)
@@ -204,6 +204,7 @@ def features(w, tokens_BT, c, view):
     x = x0 = norm(mix((1, x), (w["smear"] * gate, shift(x))))
     x = mix((1, x), (w["bigram_inject"][0], bigram))
     x_skip, x_back = x, None
+    again = jax.checkpoint if view.small and tokens_BT.size > 2**15 else partial
     for i, kind in enumerate(c.layers.split(",")):
         scales, layer = take("qkv_scale", "out_scale"), take("up", "down")
         if "k" in kind:
@@ -211,9 +212,10 @@ def features(w, tokens_BT, c, view):
             x = mix((1, x), (gate, x_skip))
         else:
             layer |= scales | take("qkv", "out", "attn_gate") | {"post": w["post"][i, 0]}
-            layer |= take("value_gate") if "v" in kind else {}
-            ve = next(values) if "v" in kind else None
-            y = attention(x if x_back is None else x_back, ve, layer, kind, view, doc)
+            layer |= take("value_gate") | {"ve": next(values)} if "v" in kind else {}
+            attn = again(partial(attention, kind=kind, view=view, doc=doc))
+            y = x if x_back is None else x_back
+            y = attn(y, root(y), layer)
             inject = [(w["x0_inject"][i], x0), (w["bigram_inject"][i], bigram)]
             x = mix((w["resid"][i, 0], x), (1, y), *inject[: 2 if i else 1])
         h = jnp.square(jax.nn.relu(mix((root(x), x @ layer["up"].T))))  # ReLU^2, arXiv:2109.08668

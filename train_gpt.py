@@ -107,12 +107,12 @@ def typed(name: str, value, like: str):  # `value`, perhaps text, of the type th
 
 def program(c: Config, mesh) -> SimpleNamespace:
     """The functions of a config on a mesh, and `like`, its state as shapes and places."""
-    table, schedule = model.param_table(c), c.schedule()
+    table, schedule, chip = model.param_table(c), c.schedule(), mesh.devices.flat[0]
     at = {n: sharding.placed(mesh, row.axes, row.shape, n) for n, row in table.items()}
     longs, dtype = [s.long for *_, s in schedule], jnp.float32 if c.float32 else jnp.bfloat16
     yarns = [model.yarn(c.width // c.heads, longs[: i + 1]) for i in range(len(longs))]
-    attend = model.splash if mesh.devices.flat[0].platform == "tpu" else model.attend
-    views = [model.View(s.short, s.long, *yarn, attend) for (*_, s), yarn in zip(schedule, yarns)]
+    how = model.splash if chip.platform == "tpu" else model.attend, "v5 lite" in chip.device_kind
+    views = [model.View(s.short, s.long, *yarn, *how) for (*_, s), yarn in zip(schedule, yarns)]
     views.append(views[-1]._replace(long=c.val_long))
     scheduled, untie = schedule[-2][1], schedule[1][1] | 1  # untied after an Adam step
     steps, start = np.arange(c.steps), int(scheduled * (1 - c.lr_fall))

@@ -141,9 +141,8 @@ def test_whole_attention_layer(name, kind):
         w = {"qkv": jnp.stack([qkvo[0][order], qkvo[1][order], qkvo[2][dims]])}
         w |= {"out": qkvo[3][:, dims], "attn_gate": attn_gate[heads]}
         w |= {"value_gate": value_gate[heads], "qkv_scale": sa[0], "out_scale": sa[1]}
-        ve = ve[None, ..., dims] if "v" in kind else None
-        w["post"], ones = 1, jnp.ones((1, 1, 1))  # its x is normed outside
-        return model.attention(x, ve, w, kind, view, doc, lambda x: ones)
+        w |= {"post": 1, "ve": ve[None, ..., dims]} if "v" in kind else {"post": 1}
+        return model.attention(x, jnp.ones((1, 96, 1)), w, kind, view, doc)  # x is normed already
 
     names = ["x", "qkvo_w", "ve", "attn_gate_w", "ve_gate_w", "sa_lambdas"]
     args = [get(key) for key in names]
