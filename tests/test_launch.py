@@ -52,7 +52,9 @@ class Launch(subprocess.Popen):
         out, err = (folder / "out").open("w"), (folder / "err").open("w")
         env = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "TMPDIR": str(folder)}
         command = [project(folder) / "launch", *args]
-        super().__init__(command, stdout=out, stderr=err, env=env, start_new_session=True)
+        default = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's tests ignore it
+        more = {"env": env, "start_new_session": True, "preexec_fn": default}
+        super().__init__(command, stdout=out, stderr=err, **more)
         self.out, self.err = (folder / "out").read_text, (folder / "err").read_text
 
     def until(self, word, times):
