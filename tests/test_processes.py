@@ -143,11 +143,6 @@ def test_stopped_killed_and_gone_on_has_the_losses_of_one_process(one, two):
     same_losses(two[0], one)
 
 
-def test_one_device_that_accumulates_has_the_losses_of_one_process(one, tmp_path):
-    assert run(tmp_path, *ARGS).returncode == 0
-    same_losses(tmp_path, one)
-
-
 def test_only_the_first_process_writes(two):
     folder, first, second = two
     log = (folder / "runs/a/log.txt").read_text()
