@@ -5,7 +5,6 @@ With 1, 2, 4, ... rows per device at once, or --device_rows alone; then what eac
 --profile traces 3 steps for TensorBoard or XProf (pip install xprof). One process, random tokens.
 """
 
-import csv
 import re
 import statistics
 import sys
@@ -141,11 +140,7 @@ def main(argv: list[str]):
             raise
         print(f"out of device memory behind device_rows={rows[-1]['device_rows']}")
     print(table(rows), LEGEND, "per device; MB of a step, in or out:", table(costs), sep="\n")
-    if path:
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, dict.fromkeys(n for row in rows + costs for n in row))
-            writer.writeheader()
-            writer.writerows(rows + costs)
+    tool.write_csv(path, rows + costs)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ def main(argv: list[str]):
 
     ocp.CheckpointManager.save = timed
     train_gpt.Journal.scalar = scalar
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(train_gpt.HERE / ".cache/jax"))
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         run = train_gpt.train(c).run_dir
@@ -62,4 +61,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    tool.run(main)

@@ -5,7 +5,6 @@
 instructions to list, by cost. Needs libtpu and no TPU. Exit status 0 if the training fits, else 2.
 """
 
-import csv
 import importlib.util
 import os
 import re
@@ -185,11 +184,7 @@ def main(argv: list[str]) -> int:
         ]:
             total = f"{sum(n for n, _ in found) / 1e6:9.3f} Mcycles {len(found):4d} x"
             print(total, f"{kind[0]:12} {found[0][1]:36} {kind[1]}")
-    if path:
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, dict.fromkeys(n for row in rows.values() for n in row))
-            writer.writeheader()
-            writer.writerows(rows.values())
+    tool.write_csv(path, list(rows.values()))
     print(line := verdict(c, topology, chip, rows, only))
     return 2 if "does not fit" in line else 0
 

@@ -1,5 +1,6 @@
 """What the tools behind the commands share: keys from a command line, and errors in one line."""
 
+import csv
 import sys
 
 from sharding import InputError
@@ -9,6 +10,15 @@ def keys_of(argv: list[str]) -> dict:
     """--name=value as {name: value}, --name as true."""
     words = (word.removeprefix("--").partition("=") for word in argv)
     return {name: value if given else "true" for name, given, value in words}
+
+
+def write_csv(path: str, rows: list[dict]):
+    """Rows under a header of all their keys, if there is a path."""
+    if path:
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, dict.fromkeys(n for row in rows for n in row))
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def run(main):
