@@ -104,10 +104,10 @@ def bigram_hash(tokens_BT, R: int):
 
 
 def attend(q, k, v, doc, window: int, P: int):
-    """Attention of (B, H, P T, K) to the same document, `window` tokens back and never ahead; what
-    token t P + p of the P T has is at p T + t, as if P heads stood one behind the other.
+    """Attention of heads (B, H, T, K) to the same document (B, T), `window` tokens back and never
+    ahead; P heads are one of P T tokens: token t P + p of it is token t of the p-th.
     """
-    (B, H, N, K), f32 = q.shape, jnp.float32
+    (B, _, T, K), N, f32 = q.shape, P * q.shape[2], jnp.float32
     block = math.gcd(N, 1 << max(5, min(9, (window // 2).bit_length())))
     back = -(-window // block)
     span = (back + 1) * block  # what a block of queries sees: memory grows with N x window
@@ -128,15 +128,15 @@ def attend(q, k, v, doc, window: int, P: int):
         p = jax.nn.softmax(jnp.where(seen, logits, -1e30)).astype(v.dtype)
         return jnp.einsum("bnqs,bnsk->bnqk", p, v).reshape(B, N, K)
 
-    turn = lambda x, P: x.reshape(B, H, P, -1, K).swapaxes(2, 3).reshape(B, H, N, K)
-    qkv = [turn(x, P).swapaxes(0, 1) for x in (q, k, v)]
+    qkv = (x.reshape(B, -1, P, T, K).transpose(1, 0, 3, 2, 4) for x in (q, k, v))
+    qkv = [x.reshape(-1, B, N, K) for x in qkv]
     o = lax.map(head, qkv, batch_size=max(1, 2**27 // (B * N * span)))
-    return turn(o.swapaxes(0, 1), N // P)
+    return o.reshape(-1, B, T, P, K).transpose(1, 0, 3, 2, 4).reshape(q.shape)
 
 
 @cache
 def splash_kernel(H: int, T: int, window: int, P: int):
-    """A TPU's kernel of `attend`: P rows of T tokens stay one behind the other, as P T."""
+    """A TPU's kernel of `attend`: P heads of T tokens stay one behind the other."""
     from jax.experimental.pallas.ops.tpu import splash_attention as tpu
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import Mask
 
@@ -159,10 +159,12 @@ def splash_kernel(H: int, T: int, window: int, P: int):
 
 def splash(q, k, v, doc, window: int, P: int):
     """What `attend` computes, on a TPU, where its kernel takes the sizes."""
-    _, H, N, K = q.shape
-    if N // P % 128 or K % 128 or jax.sharding.get_abstract_mesh().shape["tensor"] > 1:
+    B, H, T, K = q.shape
+    if T % 128 or K % 128 or jax.sharding.get_abstract_mesh().shape["tensor"] > 1:
         return attend(q, k, v, doc, window, P)
-    return splash_kernel(H, N // P, window, P)(q, k, v, jnp.tile(doc, P))
+    eye = np.eye(K, dtype=q.dtype)  # a product lays out anew faster than the copies XLA would make
+    rows = ((x @ eye).reshape(B, -1, P * T, K) for x in (q, k, v))
+    return splash_kernel(H // P, T, window, P)(*rows, jnp.tile(doc, P)).reshape(q.shape) @ eye
 
 
 def attention(x, size, w, kind: str, view, doc):
@@ -184,8 +186,7 @@ def attention(x, size, w, kind: str, view, doc):
     if "l" in kind:  # dims that do not turn look one token back (record 49)
         k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
     q, window = (view.scale * q).astype(q.dtype), view.long if "l" in kind else view.short
-    rows = (x.reshape(B, -1, P * T, K) for x in (q, k, mix(*v)))
-    o = view.attend(*rows, doc, window, P).reshape(q.shape) * gate(y, "attn_gate")
+    o = view.attend(q, k, mix(*v), doc, window, P) * gate(y, "attn_gate")
     out = (w["post"] * w["out_scale"] * w["out"]).astype(x.dtype).reshape(D, -1, K)
     return jnp.einsum("bhtk,dhk->btd", o, out)
 
@@ -229,19 +230,30 @@ def features(w, tokens_BT, c, view):
 cap = lambda x: jnp.tanh((x.astype(jnp.float32) + 5) / 15)
 
 
-def log_norms(x, head, m):
-    """Sum of m log sum exp 11.5 cap(logits), x (B, T, D), head (V, D) float32, m (B, T, 1)."""
-    # By chunks of n tokens, made again in the backward pass: all logits at once would be GBs.
-    n = math.gcd(x.shape[1], 1 << (2**27 // (len(x) * len(head))).bit_length())
+def log_norms_and_grads(x, head, m):
+    """Sum of m log sum exp 11.5 cap(logits), x (B, T, D), head (V, D) float32, m (B, T, 1); and its
+    gradients by x and head: made at once, the logits of a chunk of n tokens need not be made again.
+    """
+    n = math.gcd(x.shape[1], 1 << (2**26 // (len(x) * len(head))).bit_length())  # all would be GBs
+    w = head.astype(x.dtype)
 
-    @jax.checkpoint
-    def chunk(total, args):
-        x, m = args  # (B, n, D), (B, n, 1)
-        norms = jnp.exp(11.5 * cap(x @ head.astype(x.dtype).T)).sum(-1, keepdims=True)
-        return total + (m * jnp.log(norms)).sum(), None
+    def chunk(sums, args):
+        (total, dhead), (x, m) = sums, args  # x (B, n, D), m (B, n, 1)
+        z = cap(x @ w.T)
+        p = jnp.exp(11.5 * z)
+        norms = p.sum(-1, keepdims=True)
+        g = (m * (11.5 / 15) / norms * p * (1 - z * z)).astype(x.dtype)
+        dhead += jnp.einsum("bnv,bnd->vd", g, x, preferred_element_type=jnp.float32)
+        return (total + (m * jnp.log(norms)).sum(), dhead), g @ w
 
     chunks = [a.reshape(len(x), -1, n, a.shape[2]).swapaxes(0, 1) for a in (x, m)]
-    return lax.scan(chunk, jnp.zeros(()), chunks)[0]
+    (total, dhead), dx = lax.scan(chunk, (jnp.zeros(()), jnp.zeros_like(head)), chunks)
+    return total, (dx.swapaxes(0, 1).reshape(x.shape), dhead)
+
+
+log_norms = jax.custom_vjp(lambda x, head, m: log_norms_and_grads(x, head, m)[0])
+scaled = lambda grads, by: (*((by * g).astype(g.dtype) for g in grads), None)
+log_norms.defvjp(log_norms_and_grads, scaled)
 
 
 def loss(w, rows, c, view, weights):

@@ -66,22 +66,19 @@ def adam(rows: dict, rate: Callable):
         zeros = {name: jnp.zeros(params[name].shape, jnp.float32) for name in rows}
         return {"pending": zeros, "m": zeros, "v": zeros}
 
-    def one(row, g, m, v, p, step):  # eps after the bias correction, decay by the squared rate
-        (b1, b2), t, lr = row.betas, (step + 1) // 2, row.lr * rate(step)
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-        move = lr * jnp.sqrt(1 - b2**t) / (1 - b1**t) * m / (jnp.sqrt(v) + 1e-10)
+    def one(row, g, pending, m, v, p, step):  # eps after the bias correction, decay by rate^2
+        (b1, b2), t, lr, g = row.betas, step // 2 + 1, row.lr * rate(step), pending + g
+        mean, square = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        move = lr * jnp.sqrt(1 - b2**t) / (1 - b1**t) * mean / (jnp.sqrt(square) + 1e-10)
         move += jnp.where(move * p > 0, lr**2 * 0.005 * row.wd * p, 0)
-        return -move, jnp.zeros_like(g), m, v
+        pairs = (-move, 0), (0, g), (mean, m), (square, v)  # not cond, which copies all of them
+        return [jnp.where(step % 2 == 1, acts, waits) for acts, waits in pairs]
 
     def update(grads, state, params, *, step):
-        wait = lambda pending, m, v: (jax.tree.map(jnp.zeros_like, pending), pending, m, v)
-
-        def act(pending, m, v):
-            new = [one(row, pending[k], m[k], v[k], params[k], step) for k, row in rows.items()]
-            return tuple(dict(zip(rows, part)) for part in zip(*new))
-
-        pending = {name: state["pending"][name] + grads[name] for name in rows}
-        updates, *new = jax.lax.cond(step % 2 == 1, act, wait, pending, state["m"], state["v"])
-        return updates, dict(zip(("pending", "m", "v"), new))
+        parts = "pending", "m", "v"
+        old = {n: (grads[n], *(state[part][n] for part in parts), params[n]) for n in rows}
+        new = {n: one(row, *old[n], step) for n, row in rows.items()}
+        updates, *state = ({n: new[n][i] for n in rows} for i in range(4))
+        return updates, dict(zip(parts, state))
 
     return optax.GradientTransformationExtraArgs(init, update)

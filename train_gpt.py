@@ -38,6 +38,11 @@ SOURCES = ("launch", "train_gpt.py", "model.py", "muon.py", "data_fineweb.py", "
 COMMANDS = ("train", "sample", "eval", "record", "plan", "bench")  # all but the first: tests/*.py
 # Keys that cannot change the result: a run may go on with other values of them.
 FREE = {"mesh", "device_rows", "val_every", "save_every", "run", "resume", "device", "cpu_devices"}
+HINTS = {  # what errors of libraries say -> what to do
+    "No space left": "disk full, make room, and the same command goes on: ",
+    "RESOURCE_EXHAUSTED": "out of device memory, try --device_rows=N with a smaller N: ",
+    "initialize backend": "",
+}
 Result = namedtuple("Result", "val_loss train_time run_dir")  # nats, seconds, Path
 # Of the schedule: end (part of the steps), tokens per step, longest document, windows, factor of
 # the rates, weights of the next tokens' losses from the start of the stage to its end.
@@ -239,6 +244,13 @@ def start(c: Config):
         raise InputError(f"JAX sees the CPU alone and no {accelerator() or c.device}: {how}")
 
 
+@jax.jit
+def bits(state):
+    """Sum of all bits, uint32, the same on every mesh: orbax has no checksum."""
+    leaves = jax.tree.leaves(state)
+    return sum(jax.lax.bitcast_convert_type(leaf, jnp.uint32).sum() for leaf in leaves)
+
+
 def opened(c: Config, run: Path):
     """Mesh, program, checkpoints of a run, and of the newest that can be read (state, meta)."""
     mesh = sharding.make_mesh(c.mesh)
@@ -249,6 +261,8 @@ def opened(c: Config, run: Path):
     for step in steps:
         try:
             got = manager.restore(step, args=ocp.args.Composite(**both))
+            if int(bits(got["state"])) != got["meta"]["bits"]:
+                raise ValueError("it is not what was saved")
             return mesh, p, manager, got["state"], got["meta"]
         except Exception as error:  # whatever it is that the library stumbles over
             print(f"warning: checkpoint {step} cannot be read, passed over: {error!s:.200}")
@@ -328,7 +342,8 @@ def train(c: Config, stop=lambda step: False) -> Result:
                 if step in manager.all_steps():  # one that could not be read
                     manager.delete(step)
                 sizes = {"log": journal.log.tell(), "csv": journal.csv.tell()}
-                meta = ocp.args.JsonSave({"step": step, "train_time": spent, **sizes})
+                sizes |= {"step": step, "train_time": spent, "bits": int(bits(state))}
+                meta = ocp.args.JsonSave(sizes)
                 both = {"state": ocp.args.StandardSave(state), "meta": meta}
                 manager.save(step, args=ocp.args.Composite(**both))  # writes in the background
             if stopped or last:  # the last line says that a run is done, so its state is safe first
@@ -375,9 +390,9 @@ def main(argv: list[str]):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (InputError, OSError, RuntimeError) as error:  # DataError is the same as InputError
-        full, text = "RESOURCE_EXHAUSTED" in str(error), str(error).strip().partition("\n")[0]
-        if isinstance(error, RuntimeError) and not (full or "initialize backend" in text):
+    except Exception as error:  # DataError is the same as InputError
+        text, mendable = str(error).strip(), isinstance(error, (InputError, OSError))
+        if not mendable and not any(word in text for word in HINTS):
             raise
-        hint = "out of device memory: try a smaller --device_rows=N" if full else text
-        sys.exit(print(hint, file=sys.stderr) or 2)
+        hint = next((hint for word, hint in HINTS.items() if word in text), "")
+        sys.exit(print(hint + text.partition("\n")[0], file=sys.stderr) or 2)

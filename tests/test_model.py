@@ -140,7 +140,7 @@ def test_the_kernel_of_a_tpu_sees_the_same(P, window, T, monkeypatch):
     )
     model.splash_kernel.cache_clear()
     keys = jax.random.split(jax.random.key(P), 4)
-    q, k, v, weight = (jax.random.normal(key, (2, 2, P * T, 128)) for key in keys)
+    q, k, v, weight = (jax.random.normal(key, (2, 2 * P, T, 128)) for key in keys)
     doc = jnp.cumsum(jax.random.bernoulli(keys[0], 0.01, (2, T)), 1)
 
     def run(f):
@@ -157,7 +157,7 @@ def test_the_kernel_of_a_tpu_sees_the_same(P, window, T, monkeypatch):
 def test_plain_attention_is_what_it_says(P, window, T):
     """Against every query and key written out, with and without pairs."""
     keys = jax.random.split(jax.random.key(T), 3)
-    q, k, v = (jax.random.normal(key, (2, 4 // P, P * T, 8)) for key in keys)
+    q, k, v = (jax.random.normal(key, (2, 4, T, 8)) for key in keys)
     doc = jnp.cumsum(jax.random.bernoulli(keys[0], 0.1, (2, T)), 1)
     rows = lambda x: x.reshape(2, 4 // P, P, T, 8).swapaxes(2, 3).reshape(2, 4 // P, P * T, 8)
     logits = jnp.einsum("bhqk,bhsk->bhqs", rows(q), rows(k))
@@ -165,7 +165,7 @@ def test_plain_attention_is_what_it_says(P, window, T):
     seen = (i[:, None] >= i) & (i[:, None] - i <= window)
     seen = seen & (docs[:, None, :, None] == docs[:, None, None])
     o = jax.nn.softmax(jnp.where(seen, logits, -1e30)) @ rows(v)
-    want = o.reshape(2, 4 // P, T, P, 8).swapaxes(2, 3).reshape(2, 4 // P, P * T, 8)
+    want = o.reshape(2, 4 // P, T, P, 8).swapaxes(2, 3).reshape(2, 4, T, 8)
     np.testing.assert_allclose(model.attend(q, k, v, doc, window, P), want, rtol=1e-4, atol=1e-5)
 
 
