@@ -12,10 +12,7 @@ import numpy as np
 import tiktoken
 from huggingface_hub import hf_hub_download
 
-HUB = {  # name -> dataset on the Hugging Face hub, prefix of its files, training shards
-    "fineweb10B": ("kjj0/fineweb10B-gpt2", "fineweb", 103),
-    "finewebedu10B": ("kjj0/finewebedu10B-gpt2", "finewebedu", 99),
-}
+HUB = {"fineweb10B": 103, "finewebedu10B": 99}  # kjj0/NAME-gpt2 on the hub -> training shards
 # Training shards, the held-out one, the token that starts every document, shard -> tokens.
 Corpus = namedtuple("Corpus", "train val bos read")
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # of the library
@@ -42,18 +39,17 @@ def read_shard(path: Path, vocab: int, repo: str = "") -> np.ndarray:
 def open_corpus(data: str, vocab: int, bos: int, cache: Path = Path("data")) -> Corpus:
     """The corpus of that name or path. Raises DataError."""
     if data in HUB:
-        repo, prefix, count = HUB[data]
-        train = [cache / data / f"{prefix}_train_{i + 1:06d}.bin" for i in range(count)]
-        read = partial(read_shard, vocab=vocab, repo=repo)
-        return Corpus(train, cache / data / f"{prefix}_val_000000.bin", bos, read)
+        read = partial(read_shard, vocab=vocab, repo=f"kjj0/{data}-gpt2")
+        shard = lambda part, i: cache / data / f"{data[:-3]}_{part}_{i:06d}.bin"
+        return Corpus([shard("train", i + 1) for i in range(HUB[data])], shard("val", 0), bos, read)
     root = Path(sysconfig.get_path("stdlib") if data == "stdlib" else data)
     val, train = (sorted(root.glob(f"*_{part}_*.bin")) for part in ("val", "train"))
     if val and train:
         return Corpus(train, val[0], bos, partial(read_shard, vocab=vocab))
     mine, endings = data != "stdlib", (".txt",) if data != "stdlib" else (".py", ".txt")
     found = [p for p in [root, *sorted(root.rglob("*"))] if p.suffix in endings and p.is_file()]
-    files = {p.relative_to(root if root.is_dir() else root.parent): p for p in found}
-    files = {n.as_posix(): p for n, p in files.items() if mine or not SKIP & {*n.parts}}
+    names = [p.relative_to(root if root.is_dir() else root.parent) for p in found]
+    files = {n.as_posix(): p for n, p in zip(names, found) if mine or not SKIP & {*n.parts}}
     if not files:
         raise DataError(f"--data={data}: no *_train_*.bin or .txt there; or {[*HUB, 'stdlib']}")
     return Corpus(*tokenize(files, vocab, bos), bos, lambda tokens: tokens)
@@ -61,8 +57,7 @@ def open_corpus(data: str, vocab: int, bos: int, cache: Path = Path("data")) -> 
 
 def tokenize(files: dict, vocab: int, bos: int) -> tuple:
     """([training tokens], validation tokens) of texts, name -> path, split by a hash of the name;
-    training texts are cut into documents of 1024 and mixed, so that a short run sees of all.
-    """
+    training texts are cut into documents of 1024 and mixed, so that a short run sees of all."""
     docs = {n.encode(errors="namereplace"): encode(p.read_bytes(), vocab) for n, p in files.items()}
     train, held_out, start = {}, {}, np.array([bos], np.uint16)
     out = {n for n, ids in docs.items() if len(ids) and zlib.crc32(n) % 20 == 0}

@@ -1,8 +1,7 @@
 """The network of record #77: the table of its parameters, and from tokens to loss and text.
 
 B batch rows  T row tokens  D width  H heads  K head size  F ffn (4 D)  V vocabulary  R bigram rows
-L layers  A attention layers  E value embeddings  G gate inputs  M predicted tokens (MTP)
-"""
+L layers  A attention layers  E value embeddings  G gate inputs  M predicted tokens (MTP)"""
 
 import math
 import zlib
@@ -29,13 +28,13 @@ View = namedtuple("View", "short long freqs scale attend small", defaults=(False
 def param_table(c) -> dict:
     """name -> Param. A layer is a word of letters: p paired heads (record 58), v value embedding
     (14, 63), l long window with key offset (49), s its output is kept for k, k that skip instead of
-    attention (45), b feeds all later attention and is backed out at the end (40, 77), o nothing.
-    """
+    attention (45), b feeds all later attention and is backed out at the end (40, 77), o nothing."""
     kinds = c.layers.split(",")
     D, H, V, R, F, L = c.width, c.heads, c.vocab, c.bigram_rows, 4 * c.width, len(kinds)
     A, E = sum("k" not in kind for kind in kinds), max(1, sum("v" in kind for kind in kinds))
     bank = ("uniform", 3**0.5 * 0.5 * D**-0.5)  # V and O are not zero: record 64
     quick, slow, words, tables = (0.9, 0.95), (0.9, 0.99), (0.5, 0.95), (0.75, 0.95)
+    values = [f"value{i}" for i in range(E)]
     return {
         "qkv": Param((A, 3, D, D), (None, None, "heads", "embed"), bank, 1),
         "out": Param((A, D, D), (None, "embed", "heads"), bank, 1),
@@ -43,7 +42,7 @@ def param_table(c) -> dict:
         "down": Param((L, F, D), (None, "ffn", "embed"), ("const", 0), 4),
         "head": Param((V, D), ("vocab", "embed"), ("normal", 0.005), 1, 150, words),
         "embed": Param((V, D), (None, "table"), ("normal", 0.005), 1, 150, words),
-        "value": Param((V, E, D), (None, None, "table"), ("normal", 0.01), 75, 5, tables),
+        **dict.fromkeys(values, Param((V, D), (None, "table"), ("normal", 0.01), 75, 5, tables)),
         "bigram": Param((R, D), (None, "table"), ("const", 0), 75, 5, tables),
         "attn_gate": Param((A, H, G), (None, "heads", None), ("const", 0), 1, 1, slow),
         "value_gate": Param((E, H, G), (None, "heads", None), ("const", 0), 1, 1, slow),
@@ -86,15 +85,16 @@ root = lambda x: lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=T
 norm = lambda x: (x * root(x)).astype(x.dtype)
 # Sum of scalar * array, in float32, rounded once; x (..., T, D) of the token before.
 mix = lambda *terms: sum(a * x.astype(jnp.float32) for a, x in terms).astype(terms[0][1].dtype)
-shift = lambda x: jnp.concatenate([x[..., :1, :], x[..., :-1, :]], -2)
+shift = lambda x: jnp.pad(x[..., :-1, :], [(0, 0)] * (x.ndim - 2) + [(1, 0), (0, 0)], "edge")
 
 
 def rotary(x, theta, row):
     """Turns the halves of heads (B, H, T, K) by theta (P, T, K/2), head h by theta[row[h]]."""
     # They change places in a product, as TPUs are slow at moving columns; bf16 as in the record.
     swap = np.roll(np.eye(x.shape[-1], dtype=x.dtype), x.shape[-1] // 2, 0)
-    cos, sin = (table.astype(x.dtype)[row] for table in (jnp.cos(theta), jnp.sin(theta)))
-    return x * jnp.tile(cos, 2) + (x @ swap) * jnp.concatenate([sin, -sin], -1)
+    cos, sin = jnp.tile(jnp.cos(theta), 2), jnp.concatenate([jnp.sin(theta), -jnp.sin(theta)], -1)
+    cos, sin = (jnp.stack([table.astype(x.dtype)[i] for i in row]) for table in (cos, sin))
+    return x * cos + (x @ swap) * sin
 
 
 def bigram_hash(tokens_BT, R: int):
@@ -104,9 +104,8 @@ def bigram_hash(tokens_BT, R: int):
 
 
 def attend(q, k, v, doc, window: int, P: int):
-    """Attention of heads (B, H, T, K) to the same document (B, T), `window` tokens back and never
-    ahead; P heads are one of P T tokens: token t P + p of it is token t of the p-th.
-    """
+    """Attention of heads (B, H, T, K) to the same document (B, T), `window` tokens back, not ahead.
+    P heads are one of P T tokens: its token t P + p is token t of the p-th."""
     (B, _, T, K), N, f32 = q.shape, P * q.shape[2], jnp.float32
     block = math.gcd(N, 1 << max(5, min(9, (window // 2).bit_length())))
     back = -(-window // block)
@@ -122,14 +121,13 @@ def attend(q, k, v, doc, window: int, P: int):
     seen = (away >= 0) & (away <= window) & same  # (B, N / block, block, span)
 
     @jax.checkpoint
-    def head(qkv):  # (B, N, K) each
-        q, (k, v) = qkv[0].reshape(B, -1, block, K), map(band, qkv[1:])
+    def head(qkv):  # (B, T, P, K) each
+        q, (k, v) = qkv[0].reshape(B, -1, block, K), (band(x.reshape(B, N, K)) for x in qkv[1:])
         logits = jnp.einsum("bnqk,bnsk->bnqs", q, k, preferred_element_type=f32)
         p = jax.nn.softmax(jnp.where(seen, logits, -1e30)).astype(v.dtype)
         return jnp.einsum("bnqs,bnsk->bnqk", p, v).reshape(B, N, K)
 
-    qkv = (x.reshape(B, -1, P, T, K).transpose(1, 0, 3, 2, 4) for x in (q, k, v))
-    qkv = [x.reshape(-1, B, N, K) for x in qkv]
+    qkv = [x.reshape(B, -1, P, T, K).transpose(1, 0, 3, 2, 4) for x in (q, k, v)]
     o = lax.map(head, qkv, batch_size=max(1, 2**27 // (B * N * span)))
     return o.reshape(-1, B, T, P, K).transpose(1, 0, 3, 2, 4).reshape(q.shape)
 
@@ -150,8 +148,7 @@ def splash_kernel(H: int, T: int, window: int, P: int):
             away = np.subtract.outer(q, k)
             return (away >= 0) & (away <= window)
 
-    names = "q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq"
-    sizes = tpu.BlockSizes(**{f"block_{name}": math.gcd(T, 512) for name in names})
+    sizes = tpu.BlockSizes(*[math.gcd(T, 512)] * 8)  # of queries and keys, forward and backward
     with jax.ensure_compile_time_eval():
         run = tpu.make_splash_mha_single_device(tpu.MultiHeadMask([Band()] * H), block_sizes=sizes)
     return jax.vmap(lambda q, k, v, doc: run(q, k, v, tpu.SegmentIds(doc, doc)))
@@ -162,9 +159,11 @@ def splash(q, k, v, doc, window: int, P: int):
     B, H, T, K = q.shape
     if T % 128 or K % 128 or jax.sharding.get_abstract_mesh().shape["tensor"] > 1:
         return attend(q, k, v, doc, window, P)
-    eye = np.eye(K, dtype=q.dtype)  # a product lays out anew faster than the copies XLA would make
-    rows = ((x @ eye).reshape(B, -1, P * T, K) for x in (q, k, v))
-    return splash_kernel(H // P, T, window, P)(*rows, jnp.tile(doc, P)).reshape(q.shape) @ eye
+    # Products, which must not move, lay an array out anew faster than the copies XLA would make.
+    eye, keep = np.eye(K, dtype=q.dtype), lax.optimization_barrier
+    rows = (keep(x @ eye).reshape(B, -1, P * T, K) for x in (q, k, v))
+    o = keep(splash_kernel(H // P, T, window, P)(*rows, jnp.tile(doc, P)))
+    return keep(o.reshape(q.shape)) @ eye
 
 
 def attention(x, size, w, kind: str, view, doc):
@@ -179,13 +178,13 @@ def attention(x, size, w, kind: str, view, doc):
         both = jnp.concatenate([y[..., : G // 2], w["ve"][..., : G // 2]], -1)
         open = gate(y if P == 2 else both, "value_gate")
         v += [(2 * open, w["ve"].reshape(B, T, -1, K).swapaxes(1, 2))]
-    time = P * jnp.arange(T, dtype=jnp.float32)[:, None] + jnp.arange(P)[:, None, None]
+    theta = (P * jnp.arange(T)[:, None] + jnp.arange(P)[:, None, None]) * view.freqs
     # In pairs the record turns odd heads one further; its pairs are h and h + H/2, ours neighbours.
     odd = np.arange(q.shape[1]).reshape(P, -1).T.ravel() % P if P == 2 else np.zeros(1, int)
-    q, k = (rotary(norm(x), time * view.freqs, odd) for x in (q, k))
+    q, k = (rotary(mix((by * root(x), x)), theta, odd) for x, by in ((q, view.scale), (k, 1.0)))
     if "l" in kind:  # dims that do not turn look one token back (record 49)
         k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
-    q, window = (view.scale * q).astype(q.dtype), view.long if "l" in kind else view.short
+    window = view.long if "l" in kind else view.short
     o = view.attend(q, k, mix(*v), doc, window, P) * gate(y, "attn_gate")
     out = (w["post"] * w["out_scale"] * w["out"]).astype(x.dtype).reshape(D, -1, K)
     return jnp.einsum("bhtk,dhk->btd", o, out)
@@ -198,9 +197,9 @@ def features(w, tokens_BT, c, view):
     each = {name: iter(lax.split(w[name], (1,) * len(w[name]))) for name in banks}
     take = lambda *names: {name: next(each[name])[0] for name in names}  # noqa: E731
     look = partial(sharding.lookup, dtype=w["head"].dtype)
-    x, (V, E, _) = look(w["embed"], tokens_BT), w["value"].shape
+    x = look(w["embed"], tokens_BT)
     bigram = look(w["bigram"], bigram_hash(tokens_BT, c.bigram_rows))
-    values = (look(value, tokens_BT) for value in jnp.split(w["value"].reshape(V, -1), E, -1))
+    values = (look(w[f"value{i}"], tokens_BT) for i in range(len(w["value_gate"])))
     gate = jax.nn.sigmoid(x[..., :G] @ w["smear_gate"].T).at[:, 0].set(0)
     x = x0 = norm(mix((1, x), (w["smear"] * gate, shift(x))))
     x = mix((1, x), (w["bigram_inject"][0], bigram))
@@ -230,12 +229,10 @@ def features(w, tokens_BT, c, view):
 cap = lambda x: jnp.tanh((x.astype(jnp.float32) + 5) / 15)
 
 
-def log_norms_and_grads(x, head, m):
+def with_grads(x, head, m):
     """Sum of m log sum exp 11.5 cap(logits), x (B, T, D), head (V, D) float32, m (B, T, 1); and its
-    gradients by x and head: made at once, the logits of a chunk of n tokens need not be made again.
-    """
-    n = math.gcd(x.shape[1], 1 << (2**26 // (len(x) * len(head))).bit_length())  # all would be GBs
-    w = head.astype(x.dtype)
+    gradients by x and head, so that the logits, GBs if not in chunks, are made but once."""
+    n, w = 1 << (2**26 // (len(x) * len(head))).bit_length(), head.astype(x.dtype)
 
     def chunk(sums, args):
         (total, dhead), (x, m) = sums, args  # x (B, n, D), m (B, n, 1)
@@ -246,14 +243,14 @@ def log_norms_and_grads(x, head, m):
         dhead += jnp.einsum("bnv,bnd->vd", g, x, preferred_element_type=jnp.float32)
         return (total + (m * jnp.log(norms)).sum(), dhead), g @ w
 
+    n = math.gcd(x.shape[1], n)
     chunks = [a.reshape(len(x), -1, n, a.shape[2]).swapaxes(0, 1) for a in (x, m)]
     (total, dhead), dx = lax.scan(chunk, (jnp.zeros(()), jnp.zeros_like(head)), chunks)
     return total, (dx.swapaxes(0, 1).reshape(x.shape), dhead)
 
 
-log_norms = jax.custom_vjp(lambda x, head, m: log_norms_and_grads(x, head, m)[0])
-scaled = lambda grads, by: (*((by * g).astype(g.dtype) for g in grads), None)
-log_norms.defvjp(log_norms_and_grads, scaled)
+log_norms = jax.custom_vjp(lambda x, head, m: with_grads(x, head, m)[0])
+log_norms.defvjp(with_grads, lambda grads, t: (*((t * g).astype(g.dtype) for g in grads), None))
 
 
 def loss(w, rows, c, view, weights):

@@ -66,19 +66,18 @@ def adam(rows: dict, rate: Callable):
         zeros = {name: jnp.zeros(params[name].shape, jnp.float32) for name in rows}
         return {"pending": zeros, "m": zeros, "v": zeros}
 
-    def one(row, g, pending, m, v, p, step):  # eps after the bias correction, decay by rate^2
-        (b1, b2), t, lr, g = row.betas, step // 2 + 1, row.lr * rate(step), pending + g
-        mean, square = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-        move = lr * jnp.sqrt(1 - b2**t) / (1 - b1**t) * mean / (jnp.sqrt(square) + 1e-10)
-        move += jnp.where(move * p > 0, lr**2 * 0.005 * row.wd * p, 0)
-        pairs = (-move, 0), (0, g), (mean, m), (square, v)  # not cond, which copies all of them
-        return [jnp.where(step % 2 == 1, acts, waits) for acts, waits in pairs]
-
     def update(grads, state, params, *, step):
-        parts = "pending", "m", "v"
-        old = {n: (grads[n], *(state[part][n] for part in parts), params[n]) for n in rows}
-        new = {n: one(row, *old[n], step) for n, row in rows.items()}
-        updates, *state = ({n: new[n][i] for n in rows} for i in range(4))
-        return updates, dict(zip(parts, state))
+        def one(row, n):  # eps after the bias correction, decay by the squared rate
+            m, v, g, p = state["m"][n], state["v"][n], state["pending"][n] + grads[n], params[n]
+            (b1, b2), t, lr = row.betas, step // 2 + 1, row.lr * rate(step)
+            mean, square = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+            move = lr * jnp.sqrt(1 - b2**t) / (1 - b1**t) * mean / (jnp.sqrt(square) + 1e-10)
+            move += jnp.where(move * p > 0, lr**2 * 0.005 * row.wd * p, 0)
+            pairs = (-move, 0), (0, g), (mean, m), (square, v)  # not cond, which copies all of them
+            return [jnp.where(step % 2 == 1, acts, waits) for acts, waits in pairs]
+
+        new = {n: one(row, n) for n, row in rows.items()}
+        updates, *state = ({n: parts[i] for n, parts in new.items()} for i in range(4))
+        return updates, dict(zip(("pending", "m", "v"), state))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -2,6 +2,7 @@
 
 from argparse import ArgumentTypeError as InputError  # what the user can mend, in one line
 from contextlib import suppress
+from functools import reduce
 from os import environ
 
 import jax
@@ -84,15 +85,11 @@ def lookup(table, ids_BT, dtype):
 
 def spread(mesh: Mesh, f, *stacks):
     """f of stacks (n, rows, columns) of matrices, each device having its own whole ones."""
-    axes, free, more = RULES["matrices"], P.UNCONSTRAINED, -len(stacks[0]) % mesh.size
-
-    def lay(x, *turns):  # one mesh axis at a time: XLA would gather all for two at once
-        for i in turns:
-            x = lax.with_sharding_constraint(x, NamedSharding(mesh, P(axes[:i], free, free)))
-        return x
-
+    axes, rest, more = RULES["matrices"], P.UNCONSTRAINED, -len(stacks[0]) % mesh.size
+    lay = lambda x, i: lax.with_sharding_constraint(x, NamedSharding(mesh, P(axes[:i], rest, rest)))
     even = (jax.numpy.pad(x, ((0, more), (0, 0), (0, 0))) for x in stacks)
-    return [lay(x, 3, 2, 1)[: len(stacks[0])] for x in f(*(lay(x, 1, 2, 3) for x in even))]
+    own = f(*(reduce(lay, (1, 2, 3), x) for x in even))  # by one mesh axis at a time: XLA would
+    return [reduce(lay, (3, 2, 1), x)[: len(stacks[0])] for x in own]  # gather all for two at once
 
 
 def global_rows(mesh: Mesh, n: int, read) -> jax.Array:

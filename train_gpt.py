@@ -1,8 +1,7 @@
 """NanoGPT speedrun in JAX: trains record #77's recipe to 3.28 validation loss on FineWeb.
 
-python train_gpt.py [COMMAND] [--key=value ...]: train, or without a word, has the keys of Config as
-in --preset=smoke --steps=100 --mesh=data:2,fsdp:4; no preset is speedrun on a GPU or TPU, else
-smoke. The commands sample, eval, record, plan and bench are in tests/, with keys of their own."""
+python train_gpt.py [COMMAND] [--key=value ...]: train, or no word, has the keys of Config; no preset
+is speedrun on a GPU or TPU, else smoke. sample, eval, record, plan, bench are tests/COMMAND.py."""
 
 import difflib
 import json
@@ -39,9 +38,9 @@ COMMANDS = ("train", "sample", "eval", "record", "plan", "bench")  # all but the
 # Keys that cannot change the result: a run may go on with other values of them.
 FREE = {"mesh", "device_rows", "val_every", "save_every", "run", "resume", "device", "cpu_devices"}
 HINTS = {  # what errors of libraries say -> what to do
-    "No space left": "disk full, make room, and the same command goes on: ",
-    "RESOURCE_EXHAUSTED": "out of device memory, try --device_rows=N with a smaller N: ",
-    "initialize backend": "",
+    "No space left": "disk full, make room, and the same command goes on:",
+    "RESOURCE_EXHAUSTED": "out of device memory: try --device_rows=N with a smaller N:",
+    "initialize backend": "no such device for JAX:",
 }
 Result = namedtuple("Result", "val_loss train_time run_dir")  # nats, seconds, Path
 # Of the schedule: end (part of the steps), tokens per step, longest document, windows, factor of
@@ -113,7 +112,6 @@ def typed(name: str, value, like: str):  # `value`, perhaps text, of the type th
 def program(c: Config, mesh) -> SimpleNamespace:
     """The functions of a config on a mesh, and `like`, its state as shapes and places."""
     table, schedule, chip = model.param_table(c), c.schedule(), mesh.devices.flat[0]
-    at = {n: sharding.placed(mesh, row.axes, row.shape, n) for n, row in table.items()}
     longs, dtype = [s.long for *_, s in schedule], jnp.float32 if c.float32 else jnp.bfloat16
     yarns = [model.yarn(c.width // c.heads, longs[: i + 1]) for i in range(len(longs))]
     how = model.splash if chip.platform == "tpu" else model.attend, "v5 lite" in chip.device_kind
@@ -122,8 +120,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
     scheduled, untie = schedule[-2][1], schedule[1][1] | 1  # untied after an Adam step
     steps, start = np.arange(c.steps), int(scheduled * (1 - c.lr_fall))
     fall = np.clip((steps - start) / max(1, scheduled - start), 0, 1)
-    factor = np.concatenate([np.full(end - first, s.lr) for first, end, s in schedule])
-    factor = factor * (1 - fall) + 0.15 * fall
+    factor = np.array([schedule[c.stage(i)][2].lr for i in steps]) * (1 - fall) + 0.15 * fall
     rise = steps / c.steps / c.momentum_rise, (1 - steps / c.steps) / c.momentum_fall
     momentum = 0.85 + 0.1 * np.clip(np.minimum(*rise), 0, 1)
     at_step = lambda values: lambda step: jnp.asarray(values, jnp.float32)[step]
@@ -137,11 +134,10 @@ def program(c: Config, mesh) -> SimpleNamespace:
         return {"params": params, "step": step} | {n: r.init(params) for n, r in rules.items()}
 
     parts = {n: sharding.part(row.axes) for n, row in table.items()}
-    rows_at, whole = sharding.part(["rows"]), sharding.part()
-
-    def use(params):  # small ones and tables stay float32, and tables where they are
-        cast = {n: w.astype(dtype) if "embed" in table[n].axes else w for n, w in params.items()}
-        return {n: sharding.gathered(w, table[n].axes) for n, w in cast.items()}
+    cut, whole, by_rows = sharding.part(["rows"]), sharding.part(), partial(sharding.by_rows, mesh)
+    # Weights for use: small ones and tables stay float32, and tables where they are.
+    cast = lambda n, w: w.astype(dtype) if "embed" in table[n].axes else w
+    use = lambda ws: {n: sharding.gathered(cast(n, w), table[n].axes) for n, w in ws.items()}
 
     def gradients(params, rows, step, stage):  # -> loss per token, gradients
         start, end, s = schedule[stage]
@@ -159,8 +155,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
             grads = {n: sharding.summed(g, table[n].axes) for n, g in grads.items()}
             return sharding.summed(loss) / (c.rows * (rows.shape[-1] - 1)), grads
 
-        f = sharding.by_rows(mesh, local, (parts, rows_at, whole), (whole, parts))
-        return f(params, rows, weights)
+        return by_rows(local, (parts, cut, whole), (whole, parts))(params, rows, weights)
 
     def update(state, grads):  # -> state, norm of the gradients
         params, step = state["params"], state["step"]
@@ -177,19 +172,20 @@ def program(c: Config, mesh) -> SimpleNamespace:
             loss = partial(model.loss, use(params), c=c, view=views[view], weights=jnp.ones(1))
             return sharding.summed(jax.lax.map(lambda row: loss(row[None]), rows).sum())
 
-        f = sharding.by_rows(mesh, local, (parts, rows_at), whole)
-        return f(params, rows) / rows[:, 1:].size
+        return by_rows(local, (parts, cut), whole)(params, rows) / rows[:, 1:].size
 
     def place(path, leaf):  # by the name in the table; a dimension of 1 is not split
-        row = table.get(getattr(path[-1], "key", None))
-        axes = [a if size > 1 else None for a, size in zip(row.axes if row else (), leaf.shape)]
-        return leaf.update(sharding=sharding.placed(mesh, axes))
+        axes = table[path[-1].key].axes if path[-1].key in table else ()
+        axes = [axis if size > 1 else None for axis, size in zip(axes, leaf.shape)]
+        return leaf.update(sharding=sharding.placed(mesh, axes, leaf.shape, path[-1].key))
 
     like = jax.tree_util.tree_map_with_path(place, jax.eval_shape(init, 0))
-    state_at = jax.tree.map(lambda leaf: leaf.sharding, like)
-    jits = {"init": jax.jit(init, out_shardings=state_at)}
-    jits["gradients"] = jax.jit(gradients, static_argnums=3, out_shardings=(None, at))
-    jits["update"] = jax.jit(update, donate_argnums=0, out_shardings=(state_at, None))
+    at = jax.tree.map(lambda leaf: leaf.sharding, like)
+    raw = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint32)  # orbax has no checksum
+    jits = {"bits": jax.jit(lambda state: sum(raw(x).sum() for x in jax.tree.leaves(state)))}
+    jits["init"] = jax.jit(init, out_shardings=at)
+    jits["gradients"] = jax.jit(gradients, static_argnums=3, out_shardings=(None, at["params"]))
+    jits["update"] = jax.jit(update, donate_argnums=0, out_shardings=(at, None))
     jits["evaluate"] = jax.jit(evaluate, static_argnums=2)
     return SimpleNamespace(like=like, views=views, use=use, parts=parts, **jits)
 
@@ -204,9 +200,9 @@ class Journal:  # the console, log.txt, metrics.csv and TensorBoard of a run, of
             file.truncate(min(size, file.tell()))  # drops what came after the checkpoint
         if not meta["step"]:
             source, line = "".join((HERE / name).read_text() for name in SOURCES), "=" * 100
-            devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
-            setup = f"Python {sys.version}, JAX {jax.__version__}, {devices}"
-            self.say(f"{source}{line}\n{setup}\nconfig {json.dumps(vars(c))}\n{line}", False)
+            devices = f"JAX {jax.__version__}, {jax.device_count()} {jax.devices()[0].device_kind}"
+            setup = f"Python {sys.version}, {devices}\nconfig {json.dumps(vars(c))}"
+            self.say(f"{source}{line}\n{setup}\n{line}", False)
             print("step,train_time_ms,name,value", file=self.csv, flush=True)
 
     def say(self, line: str, show: bool = True):
@@ -244,13 +240,6 @@ def start(c: Config):
         raise InputError(f"JAX sees the CPU alone and no {accelerator() or c.device}: {how}")
 
 
-@jax.jit
-def bits(state):
-    """Sum of all bits, uint32, the same on every mesh: orbax has no checksum."""
-    leaves = jax.tree.leaves(state)
-    return sum(jax.lax.bitcast_convert_type(leaf, jnp.uint32).sum() for leaf in leaves)
-
-
 def opened(c: Config, run: Path):
     """Mesh, program, checkpoints of a run, and of the newest that can be read (state, meta)."""
     mesh = sharding.make_mesh(c.mesh)
@@ -261,7 +250,7 @@ def opened(c: Config, run: Path):
     for step in steps:
         try:
             got = manager.restore(step, args=ocp.args.Composite(**both))
-            if int(bits(got["state"])) != got["meta"]["bits"]:
+            if int(p.bits(got["state"])) != got["meta"]["bits"]:
                 raise ValueError("it is not what was saved")
             return mesh, p, manager, got["state"], got["meta"]
         except Exception as error:  # whatever it is that the library stumbles over
@@ -305,11 +294,10 @@ def train(c: Config, stop=lambda step: False) -> Result:
     val = sharding.global_rows(mesh, len(held_out), lambda first, n: held_out[first : first + n])
     batch = lambda i: sharding.global_rows(mesh, c.rows, partial(data_fineweb.batch, plan[i]))
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
-    n = sharding.ways(mesh, "rows")
+    began, like, n = time.perf_counter(), p.like["params"], sharding.ways(mesh, "rows")
     each = f"{n} devices x {c.rows // n // (k := turns(c, c.rows // n))} row x {k} accumulation"
     for t in dict.fromkeys(s.tokens for s in stages):
         journal.say(f"{t} tokens/step = {c.rows} rows x {t // c.rows} = {each}")
-    began, like = time.perf_counter(), p.like["params"]
     jobs = {"update": partial(p.update.lower, p.like, like)}
     for i in {c.stage(step) for step in range(first, c.steps)}:
         jobs["train", i] = partial(p.gradients.lower, like, batch(schedule[i][0]), 0, i)
@@ -337,14 +325,13 @@ def train(c: Config, stop=lambda step: False) -> Result:
             spent += time.perf_counter() - began
             if (stopped or saving) and step > first:  # before validation, which could fail
                 need = 2**20 + 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-                if shutil.disk_usage(run).free < need:  # orbax would say so in 700 lines
+                if shutil.disk_usage(run).free < need:  # orbax would say so in 400 lines
                     raise InputError(f"{run}: disk full: a save takes {need / 1e6:.0f} MB")
                 if step in manager.all_steps():  # one that could not be read
                     manager.delete(step)
-                sizes = {"log": journal.log.tell(), "csv": journal.csv.tell()}
-                sizes |= {"step": step, "train_time": spent, "bits": int(bits(state))}
-                meta = ocp.args.JsonSave(sizes)
-                both = {"state": ocp.args.StandardSave(state), "meta": meta}
+                meta = {"log": journal.log.tell(), "csv": journal.csv.tell(), "config": vars(c)}
+                meta |= {"step": step, "train_time": spent, "bits": int(p.bits(state))}
+                both = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
                 manager.save(step, args=ocp.args.Composite(**both))  # writes in the background
             if stopped or last:  # the last line says that a run is done, so its state is safe first
                 manager.wait_until_finished()
@@ -391,8 +378,8 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except Exception as error:  # DataError is the same as InputError
-        text, mendable = str(error).strip(), isinstance(error, (InputError, OSError))
-        if not mendable and not any(word in text for word in HINTS):
+        text = str(error).strip()
+        hints = [hint for word, hint in HINTS.items() if word in text]
+        if not (hints or isinstance(error, (InputError, OSError))):
             raise
-        hint = next((hint for word, hint in HINTS.items() if word in text), "")
-        sys.exit(print(hint + text.partition("\n")[0], file=sys.stderr) or 2)
+        sys.exit(print(*hints[:1], text.partition("\n")[0], file=sys.stderr) or 2)

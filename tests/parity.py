@@ -87,6 +87,9 @@ def head_order(K: int) -> np.ndarray:
     return np.concatenate([pairs[:, 0], still[0], pairs[:, 1], still[1]])
 
 
+VALUES = [f"value{i}" for i in range(5)]
+
+
 def ours(theirs: dict, c: train_gpt.Config) -> dict:
     """The record's arrays (parameters or gradients) under our names and in our layout."""
     D, L, K = c.width, len(c.layers.split(",")), c.width // c.heads
@@ -102,7 +105,7 @@ def ours(theirs: dict, c: train_gpt.Config) -> dict:
         "down": theirs["mlp_bank"][:L, 1],
         "head": theirs["lm_head.weight"].T,
         "embed": theirs["embed.weight"],
-        "value": theirs["value_embeds"].reshape(-1, c.vocab, D).transpose(1, 0, 2)[..., dims],
+        **dict(zip(VALUES, theirs["value_embeds"].reshape(-1, c.vocab, D)[..., dims])),
         "bigram": theirs["bigram_embed.weight"],
         "attn_gate": theirs["attn_gate_bank"][:, heads],
         "value_gate": theirs["ve_gate_bank"][:, heads],
@@ -121,7 +124,7 @@ def ours(theirs: dict, c: train_gpt.Config) -> dict:
 
 
 THEIR_NAMES = {
-    "value_embeds": ["value"],
+    "value_embeds": VALUES,
     "attn_gate_bank": ["attn_gate"],
     "ve_gate_bank": ["value_gate"],
     "attn_bank": ["qkv", "out"],
