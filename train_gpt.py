@@ -1,6 +1,6 @@
 """NanoGPT speedrun in JAX: trains record #77's recipe to 3.28 validation loss on FineWeb.
 
-python train_gpt.py [COMMAND] [--key=value ...]: train, or no word, has the keys of Config; no preset
+python train_gpt.py [COMMAND] [--key=value ...]: train, or no word, has Config's keys, and no preset
 is speedrun on a GPU or TPU, else smoke. sample, eval, record, plan, bench are tests/COMMAND.py."""
 
 import difflib
@@ -175,9 +175,9 @@ def program(c: Config, mesh) -> SimpleNamespace:
         return by_rows(local, (parts, cut), whole)(params, rows) / rows[:, 1:].size
 
     def place(path, leaf):  # by the name in the table; a dimension of 1 is not split
-        axes = table[path[-1].key].axes if path[-1].key in table else ()
-        axes = [axis if size > 1 else None for axis, size in zip(axes, leaf.shape)]
-        return leaf.update(sharding=sharding.placed(mesh, axes, leaf.shape, path[-1].key))
+        row = table.get(name := getattr(path[-1], "key", ""))
+        axes = [a if size > 1 else None for a, size in zip(row.axes if row else (), leaf.shape)]
+        return leaf.update(sharding=sharding.placed(mesh, axes, leaf.shape, name))
 
     like = jax.tree_util.tree_map_with_path(place, jax.eval_shape(init, 0))
     at = jax.tree.map(lambda leaf: leaf.sharding, like)
@@ -301,7 +301,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
     jobs = {"update": partial(p.update.lower, p.like, like)}
     for i in {c.stage(step) for step in range(first, c.steps)}:
         jobs["train", i] = partial(p.gradients.lower, like, batch(schedule[i][0]), 0, i)
-    for i in {c.stage(step) for step in range(first, c.steps, c.val_every)} | {len(schedule)}:
+    for i in {c.stage(k) for k in range(0, c.steps, c.val_every) if k >= first} | {len(schedule)}:
         jobs["val", i] = partial(p.evaluate.lower, like, val, i)
     with ThreadPoolExecutor() as pool:
         compiled = dict(zip(jobs, pool.map(lambda lower: lower().compile(), jobs.values())))
