@@ -78,9 +78,9 @@ def lookup(table, ids_BT, dtype):
     """Rows (B, T, D) of a table (V, D) with split columns: ids travel, and what was found."""
     found = table[lax.all_gather(ids_BT, "fsdp")].astype(dtype)  # (fsdp, B, T, D / fsdp)
     n, width = len(found), found.shape[-1]
-    eye = np.eye(n * width, dtype=dtype)  # products, as TPUs are slow at moving columns
-    found = lax.all_to_all(found @ eye[:width, :width], "fsdp", 0, 0)
-    return jax.numpy.einsum("pbtc,pcd->btd", found, eye.reshape(n, width, -1))
+    where = np.eye(n * width, dtype=dtype).reshape(n, width, -1)  # TPUs are slow at moving columns
+    found = lax.optimization_barrier(lax.all_to_all(found, "fsdp", 0, 0))  # else it would move them
+    return jax.numpy.einsum("pbtc,pcd->btd", found, where)
 
 
 def spread(mesh: Mesh, f, *stacks):
