@@ -47,7 +47,7 @@ def test_log_is_complete_and_its_lines_are_the_contracts(finished):
     assert "with compiling" in done.stderr  # the sample's last line
 
 
-def test_nothing_is_compiled_while_it_trains(tmp_path, monkeypatch):
+def test_in_python_and_nothing_is_compiled_while_it_trains(tmp_path, monkeypatch):
     """After the first step, and what the first save needs; over all stages, to the last step."""
     monkeypatch.chdir(tmp_path)
     events, counts, scalar = [], {}, train_gpt.Journal.scalar
@@ -59,8 +59,9 @@ def test_nothing_is_compiled_while_it_trains(tmp_path, monkeypatch):
         return scalar(self, step, seconds, name, *more)
 
     monkeypatch.setattr(train_gpt.Journal, "scalar", counted)
-    keys = KEYS | {"steps": 12, "val_every": 5, "save_every": 2, "run": "a"}
-    train_gpt.train(train_gpt.Config(**keys))
+    keys = KEYS | {"steps": 12, "val_every": 5, "save_every": 2, "run": "a", "cpu_devices": 8}
+    result = train_gpt.train(train_gpt.Config(**keys))
+    assert np.isfinite(result.val_loss) and result.train_time > 0 and result.run_dir.exists()
     heard = len(events)
     jax.jit(lambda x: x + heard)(1)
     assert len(events) == heard + 1
@@ -139,12 +140,6 @@ def test_what_the_user_can_mend_is_one_line_and_2(tmp_path, args, says):
     assert done.returncode == 2, done.stderr
     assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists()
-
-
-def test_in_python(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = train_gpt.train(train_gpt.Config(**KEYS, steps=3, cpu_devices=8, val_every=9))
-    assert np.isfinite(result.val_loss) and result.train_time > 0 and result.run_dir.exists()
 
 
 ARGS = [*TINY, "--steps=12", "--val_every=5", "--save_every=5", "--run=a"]
