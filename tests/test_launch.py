@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NEEDS = re.findall(r'"([a-z-]+>=[\d.]+)"', (ROOT / "pyproject.toml").read_text())
-TESTS = ["pytest", "ruff", "nbclient", "ipykernel"]
+TESTS = ["pytest-xdist", "ruff", "nbclient", "ipykernel"]
 STUB = """
 import os, signal, sys, time
 rank, heard = int(os.environ.get("RANK", -1)), []
@@ -170,7 +170,7 @@ else:
 class Machine:
     """A folder with the project, and one that comes first on PATH."""
 
-    def __init__(self, folder, has=("jax>=0.10.1", *NEEDS[1:], "pytest>=8")):
+    def __init__(self, folder, has=("jax>=0.10.1", *NEEDS[1:], "pytest-xdist>=3")):
         self.folder, self.log = project(folder), folder / "log"
         shutil.copy(ROOT / "pyproject.toml", folder)
         executable(folder / "base/bin/python3", PYTHON)
@@ -200,7 +200,7 @@ def test_a_python3_that_has_everything_is_used(tmp_path):
 
 @pytest.mark.parametrize("i, has", [(0, "jax>=0.9.2"), (3, "scipy>=1"), (7, "ruff>=1")])
 def test_a_python3_that_lacks_something_is_not(tmp_path, i, has):
-    all_but_one = [*NEEDS, "pytest>=8"]
+    all_but_one = [*NEEDS, "pytest-xdist>=3"]
     all_but_one[i] = has
     machine = Machine(tmp_path, all_but_one)
     assert machine.installs() == [*NEEDS, *TESTS] and (tmp_path / ".venv/made").exists()
@@ -211,7 +211,7 @@ def test_pip_itself_says_what_a_python_has():
     ask = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--no-index", *NEEDS]
     if subprocess.run([*ask[:3], "--version"], capture_output=True).returncode:
         pytest.skip("no pip in this Python")
-    for more, status in (["pytest"], 0), (["optax>=99"], 1):
+    for more, status in (["pytest-xdist"], 0), (["optax>=99"], 1):
         assert subprocess.run([*ask, *more], capture_output=True).returncode == status, more
 
 
