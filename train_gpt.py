@@ -114,7 +114,11 @@ def program(c: Config, mesh) -> SimpleNamespace:
     table, schedule, chip = model.param_table(c), c.schedule(), mesh.devices.flat[0]
     longs, dtype = [s.long for *_, s in schedule], jnp.float32 if c.float32 else jnp.bfloat16
     yarns = [model.yarn(c.width // c.heads, longs[: i + 1]) for i in range(len(longs))]
-    how = model.splash if chip.platform == "tpu" else model.attend, "v5 lite" in chip.device_kind
+    kernels = {"tpu": model.splash, "gpu": model.cudnn} if mesh.shape["tensor"] == 1 else {}
+    attend, why = kernels.get(chip.platform, model.attend), ""
+    if attend is model.cudnn:
+        attend, why = model.trusted(attend, c.width // c.heads, dtype)
+    how = attend, "v5 lite" in chip.device_kind
     views = [model.View(s.short, s.long, *yarn, *how) for (*_, s), yarn in zip(schedule, yarns)]
     views.append(views[-1]._replace(long=c.val_long))
     scheduled, untie = schedule[-2][1], schedule[1][1] | 1  # untied after an Adam step
@@ -187,7 +191,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
     jits["gradients"] = jax.jit(gradients, static_argnums=3, out_shardings=(None, at["params"]))
     jits["update"] = jax.jit(update, donate_argnums=0, out_shardings=(at, None))
     jits["evaluate"] = jax.jit(evaluate, static_argnums=2)
-    return SimpleNamespace(like=like, views=views, use=use, parts=parts, **jits)
+    return SimpleNamespace(like=like, views=views, use=use, parts=parts, why=why, **jits)
 
 
 class Journal:  # the console, log.txt, metrics.csv and TensorBoard of a run, of process 0
@@ -298,6 +302,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
     each = f"{n} devices x {c.rows // n // (k := turns(c, c.rows // n))} row x {k} accumulation"
     for t in dict.fromkeys(s.tokens for s in stages):
         journal.say(f"{t} tokens/step = {c.rows} rows x {t // c.rows} = {each}")
+    journal.say(f"attention by {p.views[0].attend.__name__} {p.why}")
     jobs = {"update": partial(p.update.lower, p.like, like)}
     for i in {c.stage(step) for step in range(first, c.steps)}:
         jobs["train", i] = partial(p.gradients.lower, like, batch(schedule[i][0]), 0, i)

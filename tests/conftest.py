@@ -7,6 +7,8 @@ from pathlib import Path
 # Programs that one test compiled, many others run; JAX would keep those above a second alone.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Nearly all of the tests' time is LLVM's; XLA's own passes are the same at this level.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 

@@ -27,7 +27,6 @@ RECORD = 569_000  # tokens/s per GPU in its log, on 8 H100
 say = lambda what, how, result: print(f"{what:40} {how:8} {result}", flush=True)
 rms = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))  # relative; b is float32
 cost = lambda e, ms, than: f"{e[0]:.1e}, {max(e[1:]):.1e}, {ms:.2f} ms, {than / ms:.1f} x as fast"
-public = partial(jax.nn.dot_product_attention, scale=1.0, is_causal=True, implementation="cudnn")
 
 
 def losses(kind: str, bars: dict, steps: int, tiny: bool) -> int:  # against the record's own
@@ -48,47 +47,39 @@ def milliseconds(f, *args) -> float:  # of a call among many
     return 200 * (time.perf_counter() - began)
 
 
-def private(q, k, v, lengths, starts, W: int):  # cuDNN's for documents, not in JAX's public API
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    more = {"q_seqlen": lengths, "kv_seqlen": lengths, "q_offsets": starts, "kv_offsets": starts}
-    more |= {"mask_type": cudnn.MaskType.PADDING_CAUSAL, "sliding_window_length": W + 1}
-    return cudnn.dot_product_attention(q, k, v, scale=1.0, **more)
-
-
 @partial(jax.jit, static_argnums=0)
-def both(f, more, q, k, v, do):  # output and gradients
-    o, pull = jax.vjp(lambda q, k, v: f(q, k, v, *more), q, k, v)
+def both(f, q, k, v, do):  # output and gradients
+    o, pull = jax.vjp(f, q, k, v)
     return o, *pull(do)
 
 
-def attention(tiny: bool):  # cuDNN's, and `attend`, against it in float32; q as the model scales it
-    sizes = (2048, 128), (4096, 384), (8192, 896), (16384, 1664), (16384, 128)
-    for T, W in [(256, 32)] if tiny else sizes:
-        rng, shape = np.random.default_rng(T), (2, 2, T, 32) if tiny else (16384 // T, 6, T, 128)
-        args = [jnp.asarray(s * rng.normal(size=shape), jnp.bfloat16) for s in (0.1, 1, 1, 1)]
-        turned = [x.swapaxes(1, 2) for x in args]  # cuDNN's layout
-        rows = [np.flatnonzero((rng.random(T) < 1 / 400) | (np.arange(T) == 0)) for _ in args[0]]
-        ids = jnp.array([np.searchsorted(x, np.arange(T), "right") for x in rows])
-        n = max(map(len, rows)) + 1  # one alone would not be the packed form; unused ones are -1
-        fill = lambda x, n: [*x, *[-1] * (n - len(x))]
-        lengths = jnp.array([fill(np.diff([*x, T]), n) for x in rows], jnp.int32)
-        starts = jnp.array([fill(x, n + 1) for x in rows], jnp.int32)  # without the ends
-        one = "one document", ids * 0, partial(public, local_window_size=(W, 0)), ()
-        for kind, doc, f, more in one, ("documents", ids, partial(private, W=W), (lengths, starts)):
-            ours, name = partial(model.attend, window=W, P=1), f"{T} tokens, window {W}, {kind}"
-            with jax.default_matmul_precision("highest"):
-                want = both(ours, (doc,), *(x.astype(jnp.float32) for x in args))
-            off = [rms(*pair) for pair in zip(both(ours, (doc,), *args), want)]
-            slow = milliseconds(both, ours, (doc,), *args)
-            say(name, "", f"attend: {cost(off, slow, slow)}")
-            try:
-                errors = [rms(a.swapaxes(1, 2), b) for a, b in zip(both(f, more, *turned), want)]
-                close = all(a <= 2 * b + 2e-3 for a, b in zip(errors, off))
-                fast = milliseconds(both, f, more, *turned)
-                say(name, "agrees" if close else "DIFFERS", f"cuDNN: {cost(errors, fast, slow)}")
-            except Exception as error:  # a private call may raise anything
-                say(name, "", "cuDNN skipped: no GPU" if tiny else f"cuDNN: {str(error)[:200]!r}")
+def attention(tiny: bool):  # of documents: both against `attend` in float32; q as the model has it
+    K, dtype = 32 if tiny else 128, jnp.bfloat16
+    chosen, why = model.trusted(model.cudnn, K, dtype)
+    say("attention at start-up", "", f"{chosen.__name__}: {why}")
+    sizes = (2048, 128, 1), (8192, 384, 2), (16384, 896, 1), (49152, 768, 2), (49152, 1664, 1)
+    for T, W, P in [(128, 32, 1), (128, 32, 2)] if tiny else sizes:
+        rng, shape = (
+            np.random.default_rng(T),
+            (2, 2, T, K) if tiny else (max(1, 16384 // T), 6, T, K),
+        )
+        args = [jnp.asarray(s * rng.normal(size=shape), dtype) for s in (0.1, 1, 1, 1)]
+        doc = jnp.asarray(np.cumsum(rng.random((shape[0], T)) < 1 / 400, 1))
+        plain = partial(model.attend, doc=doc, window=W, P=P)
+        with jax.default_matmul_precision("highest"):
+            want = both(plain, *(x.astype(jnp.float32) for x in args))
+        off = [rms(*pair) for pair in zip(both(plain, *args), want)]
+        slow = milliseconds(both, plain, *args)
+        name = f"{T} tokens, window {W}, {P} heads at once"
+        say(name, "", f"attend: {cost(off, slow, slow)}")
+        try:
+            f = partial(model.cudnn, doc=doc, window=W, P=P)
+            errors = [rms(*pair) for pair in zip(both(f, *args), want)]
+            close = all(a <= 2 * b + 2e-3 for a, b in zip(errors, off))
+            fast = milliseconds(both, f, *args)
+            say(name, "agrees" if close else "DIFFERS", f"cudnn: {cost(errors, fast, slow)}")
+        except Exception as error:  # whatever the library, its version or the GPU lack
+            say(name, "", "cudnn skipped: no GPU" if tiny else f"cudnn: {str(error)[:200]!r}")
 
 
 def fp8(tiny: bool):  # the head's product forwards

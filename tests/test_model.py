@@ -154,6 +154,49 @@ def test_the_kernel_of_a_tpu_sees_the_same(P, window, T, monkeypatch):
     model.splash_kernel.cache_clear()
 
 
+@pytest.fixture
+def same_api(monkeypatch):
+    """JAX's own attention in place of cuDNN's, which is the same function by its documentation."""
+    real = jax.nn.dot_product_attention
+    names = {"cudnn": "xla"}
+    stand_in = lambda *rows, implementation, **sees: real(
+        *rows, implementation=names[implementation], **sees
+    )
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+
+
+@pytest.mark.parametrize("P, window, T", [(1, 100, 256), (2, 37, 128), (2, 500, 96)])
+def test_longer_heads_keep_documents_apart(P, window, T, same_api):
+    keys = jax.random.split(jax.random.key(P), 3)
+    q, k, v = (jax.random.normal(key, (2, 2 * P, T, 64)) for key in keys)
+    doc = jnp.cumsum(jax.random.bernoulli(keys[0], 0.3, (2, T)), 1) + 250  # carries over 8 bits
+
+    def run(f):
+        value = lambda q, k, v: jnp.sin(f(q, 2 * k, v, doc, window, P)).sum()
+        return jax.jit(jax.value_and_grad(value, (0, 1, 2)))(q, k, v)
+
+    for a, b in zip(jax.tree.leaves(run(model.cudnn)), jax.tree.leaves(run(model.attend))):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_attention_that_is_wrong_is_not_trusted(same_api):
+    trusted = lambda f: model.trusted(f, 64, jnp.bfloat16)
+    assert trusted(model.cudnn)[0] is model.cudnn
+    for wrong in (
+        lambda q, k, v, doc, window, P: model.cudnn(q, k, v, doc, window + 1, P),
+        lambda q, k, v, doc, window, P: model.cudnn(q, k, v, 0 * doc, window, P),
+        lambda q, k, v, doc, window, P: model.cudnn(q, k, v, doc, window, P) * jnp.nan,
+        lambda q, k, v, doc, window, P: jax.lax.stop_gradient(model.cudnn(q, k, v, doc, window, P)),
+    ):
+        kernel, why = trusted(wrong)
+        assert kernel is model.attend and "off by" in why
+
+
+def test_without_cudnn_attention_is_plain():
+    kernel, why = model.trusted(model.cudnn, 64, jnp.bfloat16)
+    assert kernel is model.attend and why.startswith("cudnn: ")
+
+
 @pytest.mark.parametrize("P, window, T", [(1, 9, 64), (2, 13, 32), (1, 40, 96)])
 def test_plain_attention_is_what_it_says(P, window, T):
     """Against every query and key written out, with and without pairs."""
