@@ -1,10 +1,8 @@
 """NorMuon and Adam of record #77, optax transformations of a dict; `rows` has lr, wd and betas."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
-import optax
+from optax import GradientTransformationExtraArgs, Schedule, incremental_update
 
 POLAR_EXPRESS = (  # arXiv:2505.16932, five steps
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -36,7 +34,7 @@ def normalize_rows(x, second, beta2: float = 0.95):
     return (x * scale * jnp.sqrt(before / jnp.maximum(after, 1e-20))).astype(x.dtype), second
 
 
-def normuon(rows: dict, rate: Callable, momentum: Callable, dtype, split=lambda f, *x: f(*x)):
+def normuon(rows: dict, rate: Schedule, momentum: Schedule, dtype, split=lambda f, *x: f(*x)):
     """NorMuon with cautious decay (records 41, 43); `split` applies f to stacks of matrices."""
 
     def init(params):
@@ -46,8 +44,8 @@ def normuon(rows: dict, rate: Callable, momentum: Callable, dtype, split=lambda 
     def update(grads, state, params, *, step):
         grads = {name: grads[name] for name in rows}
         lr, m, updates, second = rate(step), momentum(step), {}, {}
-        average = optax.incremental_update(grads, state["momentum"], 1 - m)
-        nesterov = optax.incremental_update(average, grads, m)
+        average = incremental_update(grads, state["momentum"], 1 - m)
+        nesterov = incremental_update(average, grads, m)
         for name, row in rows.items():
             p, v = params[name], state["second"][name]
             stacks = (z.reshape(-1, *z.shape[-2:]) for z in (nesterov[name].astype(dtype), v))
@@ -56,10 +54,10 @@ def normuon(rows: dict, rate: Callable, momentum: Callable, dtype, split=lambda 
             updates[name] = -row.lr * lr * (u + jnp.where(u * p >= 0, 1.2 * lr * p, 0))
         return updates, {"momentum": average, "second": second}
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return GradientTransformationExtraArgs(init, update)
 
 
-def adam(rows: dict, rate: Callable):
+def adam(rows: dict, rate: Schedule):
     """Adam with cautious weight decay (record 50), every second step on their summed gradient."""
 
     def init(params):
@@ -80,4 +78,4 @@ def adam(rows: dict, rate: Callable):
         updates, *state = ({n: parts[i] for n, parts in new.items()} for i in range(4))
         return updates, dict(zip(("pending", "m", "v"), state))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return GradientTransformationExtraArgs(init, update)
