@@ -42,13 +42,12 @@ def normuon(rows: dict, rate: Schedule, momentum: Schedule, dtype, split=lambda 
         return {"momentum": zeros, "second": {name: z[..., :1] for name, z in zeros.items()}}
 
     def update(grads, state, params, *, step):
-        grads = {name: grads[name] for name in rows}
-        lr, m, updates, second = rate(step), momentum(step), {}, {}
-        average = incremental_update(grads, state["momentum"], 1 - m)
-        nesterov = incremental_update(average, grads, m)
+        lr, m, updates, average, second = rate(step), momentum(step), {}, {}, {}
         for name, row in rows.items():
-            p, v = params[name], state["second"][name]
-            stacks = (z.reshape(-1, *z.shape[-2:]) for z in (nesterov[name].astype(dtype), v))
+            p, g, v = params[name], grads[name], state["second"][name]
+            average[name] = incremental_update(g, state["momentum"][name], 1 - m)
+            nesterov = incremental_update(average[name], g, m).astype(dtype)
+            stacks = (z.reshape(-1, *z.shape[-2:]) for z in (nesterov, v))
             u, new = split(lambda x, v: normalize_rows(orthogonalize(x), v), *stacks)
             u, second[name] = u.reshape(p.shape), new.reshape(v.shape)
             updates[name] = -row.lr * lr * (u + jnp.where(u * p >= 0, 1.2 * lr * p, 0))
