@@ -64,17 +64,15 @@ def adam(rows: dict, rate: Schedule):
         return {"pending": zeros, "m": zeros, "v": zeros}
 
     def update(grads, state, params, *, step):
-        def one(row, n):  # eps after the bias correction, decay by the squared rate
+        updates, pending, ms, vs = {}, {}, {}, {}
+        for n, row in rows.items():  # eps after the bias correction, decay by the squared rate
             m, v, g, p = state["m"][n], state["v"][n], state["pending"][n] + grads[n], params[n]
             (b1, b2), t, lr = row.betas, step // 2 + 1, row.lr * rate(step)
             mean, square = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
             move = lr * jnp.sqrt(1 - b2**t) / (1 - b1**t) * mean / (jnp.sqrt(square) + 1e-10)
             move += jnp.where(move * p > 0, lr**2 * 0.005 * row.wd * p, 0)
             pairs = (-move, 0), (0, g), (mean, m), (square, v)  # not cond, which copies all of them
-            return [jnp.where(step % 2 == 1, acts, waits) for acts, waits in pairs]
-
-        new = {n: one(row, n) for n, row in rows.items()}
-        updates, *state = ({n: parts[i] for n, parts in new.items()} for i in range(4))
-        return updates, dict(zip(("pending", "m", "v"), state))
+            updates[n], pending[n], ms[n], vs[n] = (jnp.where(step % 2 == 1, *x) for x in pairs)
+        return updates, {"pending": pending, "m": ms, "v": vs}
 
     return GradientTransformationExtraArgs(init, update)
