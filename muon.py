@@ -58,10 +58,8 @@ def normuon(rows: dict, rate: Schedule, momentum: Schedule, dtype, split=lambda 
 
 def adam(rows: dict, rate: Schedule):
     """Adam with cautious weight decay (record 50), every second step on their summed gradient."""
-
-    def init(params):
-        zeros = {name: jnp.zeros(params[name].shape, jnp.float32) for name in rows}
-        return {"pending": zeros, "m": zeros, "v": zeros}
+    zeros = lambda params: {name: jnp.zeros_like(params[name]) for name in rows}
+    init = lambda params: dict.fromkeys(("pending", "m", "v"), zeros(params))
 
     def update(grads, state, params, *, step):
         updates, pending, ms, vs = {}, {}, {}, {}
