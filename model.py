@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.nn.initializers import constant, normal
 
 import sharding
 
 G = 12  # gates read the first dims of the stream (record 28)
-# A weight: shape, logical axes (see sharding.RULES), how and how large it starts, factors of its
-# group's learning rate and decay; with betas it is Adam's, without Muon's.
+# A weight: shape, logical axes (see sharding.RULES), how it starts, factors of its group's
+# learning rate and decay; with betas it is Adam's, without Muon's.
 Param = namedtuple("Param", "shape axes init lr wd betas", defaults=(1, ()))
 # What a stage sets: windows (a token sees itself and so many before), frequencies of half a head
 # (K/2,), the last half 0 (record 17), scale of the logits; what attends, if it is to save memory.
@@ -32,41 +33,38 @@ def param_table(c) -> dict:
     kinds = c.layers.split(",")
     D, H, V, R, F, L = c.width, c.heads, c.vocab, c.bigram_rows, 4 * c.width, len(kinds)
     A, E = sum("k" not in kind for kind in kinds), max(1, sum("v" in kind for kind in kinds))
-    bank = ("uniform", 3**0.5 * 0.5 * D**-0.5)  # V and O are not zero: record 64
+    bank = lambda *args: 3**0.5 * 0.5 * D**-0.5 * jax.random.uniform(*args, minval=-1.0)
     quick, slow, words, tables = (0.9, 0.95), (0.9, 0.99), (0.5, 0.95), (0.75, 0.95)
     values = [f"value{i}" for i in range(E)]
     return {
         "qkv": Param((A, 3, D, D), (None, None, "heads", "embed"), bank, 1),
-        "out": Param((A, D, D), (None, "embed", "heads"), bank, 1),
+        "out": Param((A, D, D), (None, "embed", "heads"), bank, 1),  # as V, not zero: record 64
         "up": Param((L, F, D), (None, "ffn", "embed"), bank, 2),
-        "down": Param((L, F, D), (None, "ffn", "embed"), ("const", 0), 4),
-        "head": Param((V, D), ("vocab", "embed"), ("normal", 0.005), 1, 150, words),
-        "embed": Param((V, D), (None, "table"), ("normal", 0.005), 1, 150, words),
-        **dict.fromkeys(values, Param((V, D), (None, "table"), ("normal", 0.01), 75, 5, tables)),
-        "bigram": Param((R, D), (None, "table"), ("const", 0), 75, 5, tables),
-        "attn_gate": Param((A, H, G), (None, "heads", None), ("const", 0), 1, 1, slow),
-        "value_gate": Param((E, H, G), (None, "heads", None), ("const", 0), 1, 1, slow),
-        "smear_gate": Param((1, G), (None, None), ("const", 0), 0.01, 0, slow),
-        "skip_gate": Param((1, G), (None, None), ("const", 0), 0.05, 0, slow),
-        "qkv_scale": Param((L,), (None,), ("const", 0.5), 5, 0, slow),
-        "out_scale": Param((L,), (None,), ("const", 1), 5, 0, slow),
-        "smear": Param((), (), ("const", 0), 5, 0, slow),
-        "backout": Param((), (), ("const", 0.5), 5, 0, slow),
-        "skip": Param((), (), ("const", -1.5), 5, 0, slow),
-        "resid": Param((L, 2), (None, None), ("const", 1.1**0.5), 5, 0, quick),
-        "post": Param((L, 2), (None, None), ("const", 1), 1, 0, quick),
-        "x0_inject": Param((L,), (None,), ("const", 0), 1, 0, quick),
-        "bigram_inject": Param((L,), (None,), ("const", 0.05), 1, 0, quick),
+        "down": Param((L, F, D), (None, "ffn", "embed"), constant(0), 4),
+        "head": Param((V, D), ("vocab", "embed"), normal(0.005), 1, 150, words),
+        "embed": Param((V, D), (None, "table"), normal(0.005), 1, 150, words),
+        **dict.fromkeys(values, Param((V, D), (None, "table"), normal(0.01), 75, 5, tables)),
+        "bigram": Param((R, D), (None, "table"), constant(0), 75, 5, tables),
+        "attn_gate": Param((A, H, G), (None, "heads", None), constant(0), 1, 1, slow),
+        "value_gate": Param((E, H, G), (None, "heads", None), constant(0), 1, 1, slow),
+        "smear_gate": Param((1, G), (None, None), constant(0), 0.01, 0, slow),
+        "skip_gate": Param((1, G), (None, None), constant(0), 0.05, 0, slow),
+        "qkv_scale": Param((L,), (None,), constant(0.5), 5, 0, slow),
+        "out_scale": Param((L,), (None,), constant(1), 5, 0, slow),
+        "smear": Param((), (), constant(0), 5, 0, slow),
+        "backout": Param((), (), constant(0.5), 5, 0, slow),
+        "skip": Param((), (), constant(-1.5), 5, 0, slow),
+        "resid": Param((L, 2), (None, None), constant(1.1**0.5), 5, 0, quick),
+        "post": Param((L, 2), (None, None), constant(1), 1, 0, quick),
+        "x0_inject": Param((L,), (None,), constant(0), 1, 0, quick),
+        "bigram_inject": Param((L,), (None,), constant(0.05), 1, 0, quick),
     }
 
 
 def init(table: dict, key) -> dict:
     """Start values, float32; the embedding is the head, with which it is tied (record 51)."""
-    draws = {"normal": jax.random.normal, "uniform": partial(jax.random.uniform, minval=-1.0)}
-    params, draws["const"] = {}, lambda key, shape: jnp.ones(shape)
-    for name, row in table.items():
-        seed, (how, size) = jax.random.fold_in(key, zlib.crc32(name.encode())), row.init
-        params[name] = size * draws[how](seed, row.shape)
+    seed = lambda name: jax.random.fold_in(key, zlib.crc32(name.encode()))
+    params = {name: row.init(seed(name), row.shape) for name, row in table.items()}
     return params | {"embed": params["head"]}
 
 
