@@ -228,26 +228,25 @@ def features(w, tokens_BT, c, view):
     gate = jax.nn.sigmoid(x[..., :G] @ w["smear_gate"].T).at[:, 0].set(0)
     x = x0 = norm(mix((1, x), (w["smear"] * gate, shift(x))))
     x = mix((1, x), (w["bigram_inject"][0], bigram))
-    x_skip, x_back = x, None
+    kept = {"s": x}  # by letter, what the last layer with it gave
     again = jax.checkpoint if view.small and tokens_BT.size > 2**15 else partial
     for i, kind in enumerate(c.layers.split(",")):
         scales, layer = take("qkv_scale", "out_scale"), take("up", "down")
         if "k" in kind:
             gate = jax.nn.sigmoid(w["skip"]) * 2 * jax.nn.sigmoid(x0[..., :G] @ w["skip_gate"].T)
-            x = mix((1, x), (gate, x_skip))
+            x = mix((1, x), (gate, kept["s"]))
         else:
             layer |= scales | take("qkv", "out", "attn_gate") | {"post": w["post"][i, 0]}
             layer |= take("value_gate") | {"ve": next(values)} if "v" in kind else {}
             attn = again(partial(attention, kind=kind, view=view, doc=doc))
-            y = x if x_back is None else x_back
+            y = kept.get("b", x)
             y = attn(y, root(y), layer)
             inject = [(w["x0_inject"][i], x0), (w["bigram_inject"][i], bigram)]
             x = mix((w["resid"][i, 0], x), (1, y), *inject[: 2 if i else 1])
         h = jnp.square(jax.nn.relu(mix((root(x), x @ layer["up"].T))))  # ReLU^2, arXiv:2109.08668
         x = mix((w["resid"][i, 1], x), (1, h @ (w["post"][i, 1] * layer["down"]).astype(h.dtype)))
-        x_skip = x if "s" in kind else x_skip
-        x_back = x if "b" in kind else x_back
-    return norm(x if x_back is None else mix((1, x), (-w["backout"], x_back)))
+        kept |= dict.fromkeys(kind, x)
+    return norm(mix((1, x), (-w["backout"], kept["b"])) if "b" in kept else x)
 
 
 # The logits are 23 sigmoid((x + 5) / 7.5) (records 18, 54) = 11.5 + 11.5 cap(x).
