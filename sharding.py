@@ -61,12 +61,12 @@ def by_rows(mesh: Mesh, f, ins, out):
     return jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=out, axis_names=own, check_vma=False)
 
 
-def gathered(w, axes):
-    """A weight for use: whole but for `tensor`: ours here, too, or XLA gathers it."""
+def gathered(w, axes, dtype):
+    """A weight for use: in dtype, whole but for `tensor`: ours here, too, or XLA gathers it."""
     f = lambda w: lax.all_gather(w, "fsdp", axis=axes.index("embed"), tiled=True)
     at, own = part(axes, ["tensor"]), {"tensor"} - {*jax.sharding.get_abstract_mesh().manual_axes}
     f = jax.shard_map(f, in_specs=at, out_specs=at, axis_names=own, check_vma=False) if own else f
-    return f(w) if "embed" in axes else w
+    return f(w.astype(dtype)) if "embed" in axes else w
 
 
 def summed(g, axes=()):

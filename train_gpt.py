@@ -140,8 +140,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
     parts = {n: sharding.part(row.axes) for n, row in table.items()}
     cut, whole, by_rows = sharding.part(["rows"]), sharding.part(), partial(sharding.by_rows, mesh)
     # Weights for use: small ones and tables stay float32, and tables where they are.
-    cast = lambda n, w: w.astype(dtype) if "embed" in table[n].axes else w
-    use = lambda ws: {n: sharding.gathered(cast(n, w), table[n].axes) for n, w in ws.items()}
+    use = lambda ws: {n: sharding.gathered(w, table[n].axes, dtype) for n, w in ws.items()}
 
     def gradients(params, rows, step, stage):  # -> loss per token, gradients
         start, end, s = schedule[stage]
