@@ -89,8 +89,8 @@ class Config(SimpleNamespace):
         ends = [round(stage.end * self.steps) for stage in STAGES[self.stages]]
         return list(zip([0, *ends], ends, STAGES[self.stages]))
 
-    def stage(self, step: int) -> int:
-        return sum(step >= end for _, end, _ in self.schedule()[:-1])
+    def stage(self, step: int) -> int:  # after the last step one more, with a view of its own
+        return sum(step >= end for _, end, _ in self.schedule())
 
 
 def choose(what: str, name: str, table):
@@ -304,7 +304,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
     jobs = {"update": partial(p.update.lower, p.like, like)}
     for i in {c.stage(step) for step in range(first, c.steps)}:
         jobs["train", i] = partial(p.gradients.lower, like, batch(schedule[i][0]), 0, i)
-    for i in {c.stage(k) for k in range(0, c.steps, c.val_every) if k >= first} | {len(schedule)}:
+    for i in {c.stage(k) for k in [*range(0, c.steps, c.val_every), c.steps] if k >= first}:
         jobs["val", i] = partial(p.evaluate.lower, like, val, i)
     with ThreadPoolExecutor() as pool:
         compiled = dict(zip(jobs, pool.map(lambda lower: lower().compile(), jobs.values())))
@@ -342,8 +342,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
                 journal.say(f"stopped after step {step}, saved: the same command goes on")
                 sys.exit(75)
             if validating:
-                evaluate = compiled["val", len(schedule) if last else c.stage(step)]
-                val_loss = float(evaluate(state["params"], val))
+                val_loss = float(compiled["val", c.stage(step)](state["params"], val))
                 journal.scalar(step, spent, "val_loss", val_loss)
             began = time.perf_counter()
         if not last:

@@ -85,8 +85,8 @@ def main(argv: list[str]):
     corpus = data_fineweb.open_corpus(c.data, c.vocab, c.bos)
     rows = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
     val = sharding.global_rows(run.mesh, len(rows), lambda first, n: rows[first : first + n])
-    view = len(c.schedule()) if step == c.steps else c.stage(step)
-    print(f"step:{step}/{c.steps} val_loss:{float(run.p.evaluate(run.params, val, view)):.4f}")
+    val_loss = float(run.p.evaluate(run.params, val, c.stage(step)))
+    print(f"step:{step}/{c.steps} val_loss:{val_loss:.4f}")
     if mine["hellaswag"]:
         items = questions(mine["hellaswag"])
         best = scores(run, *pairs(items, c)).reshape(-1, 4).argmax(1)

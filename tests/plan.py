@@ -74,7 +74,7 @@ def programs(c, p, mesh) -> dict:
         batch = rows(c.rows, schedule[i][2].tokens // c.rows)
         jobs[str(i)] = partial(p.gradients.lower, params, batch, 0, i)
     jobs["update"] = partial(p.update.lower, p.like, params)
-    for i in sorted({c.stage(step) for step in range(0, c.steps, c.val_every)} | {len(schedule)}):
+    for i in sorted({c.stage(step) for step in [*range(0, c.steps, c.val_every), c.steps]}):
         jobs[f"val{i}"] = partial(p.evaluate.lower, params, val, i)
     return jobs
 
