@@ -113,8 +113,7 @@ def batch(step: tuple, first_row: int, rows: int) -> np.ndarray:
 
 def validation(corpus: Corpus, tokens: int, row_tokens: int) -> np.ndarray:
     """The first held-out tokens as whole rows (n, row_tokens + 1), not aligned to documents."""
-    held_out = corpus.read(corpus.val)
-    n = min(tokens, len(held_out) - 1) // row_tokens
-    if n < 1:
+    held_out = corpus.read(corpus.val)[: tokens + 1]
+    if len(held_out) <= row_tokens:
         raise DataError(f"validation: no row of --val_row_tokens in {len(held_out)} tokens")
-    return held_out[np.arange(n)[:, None] * row_tokens + np.arange(row_tokens + 1)]
+    return np.lib.stride_tricks.sliding_window_view(held_out, row_tokens + 1)[::row_tokens]
