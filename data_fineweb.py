@@ -83,32 +83,30 @@ def encode(text: bytes, vocab: int) -> np.ndarray:
 
 
 def plan(corpus: Corpus, steps) -> list:
-    """Which pieces of which tokens every row takes, for steps of (row tokens, max_doc, rows)."""
+    """For steps of (row tokens, max_doc, rows): of each a function, slice of rows -> `batch`."""
     # Documents, cut at max_doc, till the row is full; a shard's tail is dropped, as in the record.
     planned, shards, documents, tokens = [], iter(corpus.train), iter(()), None
     for row_tokens, max_doc, rows in steps:
-        step, room = [[]], row_tokens
+        step, room = [[]], row_tokens + 1
         while len(step) <= rows:
-            if document := next(documents, None):
-                step[-1].append(slice(document[0], min(document[1], document[0] + max_doc)))
-                room -= step[-1][-1].stop - document[0]
-                if room < 0:
-                    step, room = [*step, []], row_tokens
+            if doc := next(documents, None):
+                step[-1].append(slice(doc[0], min(doc[1], doc[0] + min(max_doc, room))))
+                room -= step[-1][-1].stop - doc[0]
+                if not room:
+                    step, room = [*step, []], row_tokens + 1
             elif (shard := next(shards, None)) is not None:
-                tokens, step, room = corpus.read(shard), [[]], row_tokens
+                tokens, step, room = corpus.read(shard), [[]], row_tokens + 1
                 documents = pairwise([*np.flatnonzero(tokens == corpus.bos).tolist(), len(tokens)])
             else:
                 lasts = f"{len(planned)} of {len(steps)} steps"
                 raise DataError(f"training data lasts {lasts}: fewer --steps or more data")
-        planned.append((tokens, row_tokens, step))
+        planned.append(partial(batch, tokens, step[:-1]))
     return planned
 
 
-def batch(step: tuple, first_row: int, rows: int) -> np.ndarray:
+def batch(tokens, pieces: list, rows: slice) -> np.ndarray:
     """Some rows of a planned step, (rows, row tokens + 1) uint16, token for token the record's."""
-    tokens, row_tokens, pieces = step
-    cut = [np.concatenate([tokens[i] for i in row]) for row in pieces[first_row : first_row + rows]]
-    return np.stack([row[: row_tokens + 1] for row in cut])
+    return np.stack([np.concatenate([tokens[i] for i in row]) for row in pieces[rows]])
 
 
 def validation(corpus: Corpus, tokens: int, row_tokens: int) -> np.ndarray:

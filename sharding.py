@@ -92,9 +92,7 @@ def spread(mesh: Mesh, f, *stacks):
     return [reduce(lay, (3, 2, 1), x)[: len(stacks[0])] for x in own]  # gather all for two at once
 
 
-def global_rows(mesh: Mesh, n: int, read) -> jax.Array:
-    """n rows over the devices, each process making its own: read(first, count) -> array."""
-    at = placed(mesh, ["rows"], [n], "batch")
-    cuts = sorted(s[0].indices(n) for s in at.addressable_devices_indices_map((n,)).values())
-    local = read(cuts[0][0], cuts[-1][1] - cuts[0][0])
-    return jax.make_array_from_process_local_data(at, local, (n, *local.shape[1:]))
+def global_rows(mesh: Mesh, shape: tuple, read) -> jax.Array:
+    """Rows over the devices, each process making those of its own: read(slice) -> array."""
+    at = placed(mesh, ["rows"], shape[:1], "batch")
+    return jax.make_array_from_callback(shape, at, lambda index: read(index[0]))

@@ -293,8 +293,8 @@ def train(c: Config, stop=lambda step: False) -> Result:
     plan = data_fineweb.plan(corpus, [(s.tokens // c.rows, s.max_doc, c.rows) for s in stages])
     held_out = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
     mesh, p, manager, state, meta = opened(c, run)
-    val = sharding.global_rows(mesh, len(held_out), lambda first, n: held_out[first : first + n])
-    batch = lambda i: sharding.global_rows(mesh, c.rows, partial(data_fineweb.batch, plan[i]))
+    val = sharding.global_rows(mesh, held_out.shape, held_out.__getitem__)
+    batch = lambda i: sharding.global_rows(mesh, (c.rows, stages[i].tokens // c.rows + 1), plan[i])
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
     began, like, n = time.perf_counter(), p.like["params"], sharding.ways(mesh, "rows")
     each = f"{n} devices x {c.rows // n // (k := turns(c, c.rows // n))} row x {k} accumulation"

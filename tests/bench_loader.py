@@ -8,7 +8,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data_fineweb import Corpus, batch, plan
+from data_fineweb import Corpus, plan
 
 BOS, ROWS = 50256, 8
 
@@ -24,11 +24,11 @@ def main():
         began = time.perf_counter()
         steps = plan(corpus, [(row_tokens, max_doc, ROWS)] * 40)
         planned = time.perf_counter() - began
-        for step in steps[:5]:
-            batch(step, 0, ROWS)
+        for batch in steps[:5]:
+            batch(slice(ROWS))
         began = time.perf_counter()
-        for step in steps:
-            batch(step, 0, ROWS)
+        for batch in steps:
+            batch(slice(ROWS))
         seconds = time.perf_counter() - began
         packed = len(steps) * ROWS * row_tokens / seconds
         print(

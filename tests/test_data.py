@@ -84,11 +84,10 @@ def test_damage_at_random_gives_an_error_or_valid_tokens(tmp_path):
 
 def test_batches_are_a_function_of_the_step_and_split_by_rows(corpus):
     plan = data.plan(corpus, [(60, 40, 8)] * 3 + [(100, 64, 8)])
-    want = [data.batch(step, 0, 8) for step in plan]
-    for step, rows in reversed(list(zip(plan, want))):
-        assert (data.batch(step, 4, 4) == rows[4:]).all() and (
-            data.batch(step, 0, 4) == rows[:4]
-        ).all()
+    want = [batch(slice(0, 8)) for batch in plan]
+    for batch, rows in reversed(list(zip(plan, want))):
+        assert (batch(slice(4, 8)) == rows[4:]).all() and (batch(slice(4)) == rows[:4]).all()
+        assert (batch(slice(None)) == rows).all() and len(rows) == 8
     for rows in want:
         assert (rows[:, 0] == BOS).all() and rows.dtype == np.uint16
     starts = np.flatnonzero(want[0][0] == BOS)

@@ -23,7 +23,7 @@ def compiled(mesh: str, device_rows: int, stage: int):
     keys = SMALL | {"steps": STEPS, "device_rows": device_rows}
     c, at = train_gpt.Config(preset="smoke", **keys), sharding.make_mesh(mesh)
     p, T = train_gpt.program(c, at), c.schedule()[stage][2].tokens // c.rows
-    place = lambda rows: sharding.global_rows(at, c.rows, lambda i, n: rows[i : i + n])
+    place = lambda rows: sharding.global_rows(at, rows.shape, rows.__getitem__)
     rows = place(np.zeros((c.rows, T + 1), np.uint16))
     return p, c, place, p.gradients.lower(p.like["params"], rows, 0, stage).compile()
 
