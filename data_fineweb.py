@@ -64,8 +64,7 @@ def tokenize(files: dict, vocab: int, bos: int) -> tuple:
     few = not 0 < len(out) < len(files)  # then it is the last tenth of each
     for name, ids in docs.items():
         cut = len(ids) * 9 // 10 if few else 0 if name in out else len(ids)
-        if cut < len(ids):
-            held_out[name] = ids[cut:]
+        held_out |= {name: ids[cut:]} if cut < len(ids) else {}
         train |= {b"%s %d" % (name, i): ids[i : min(i + 1023, cut)] for i in range(0, cut, 1023)}
     if not (train and held_out):
         raise DataError(f"{next(iter(files.values()))}: too little text to train on and validate")
