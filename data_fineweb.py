@@ -50,12 +50,10 @@ def open_corpus(data: str, vocab: int, bos: int, cache: Path = Path("data")) -> 
     found = [p for p in [root, *sorted(root.rglob("*"))] if p.suffix in endings and p.is_file()]
     names = [p.relative_to(root if root.is_dir() else root.parent) for p in found]
     files = {n.as_posix(): p for n, p in zip(names, found) if mine or not SKIP & {*n.parts}}
-    if not files:
-        raise DataError(f"--data={data}: no *_train_*.bin or .txt there; or {[*HUB, 'stdlib']}")
-    return Corpus(*tokenize(files, vocab, bos), bos, lambda tokens: tokens)
+    return Corpus(*tokenize(data, files, vocab, bos), bos, lambda tokens: tokens)
 
 
-def tokenize(files: dict, vocab: int, bos: int) -> tuple:
+def tokenize(data: str, files: dict, vocab: int, bos: int) -> tuple:
     """([training tokens], validation tokens) of texts, name -> path, split by a hash of the name;
     training texts are cut into documents of 1024 and mixed, so that a short run sees of all."""
     docs = {n.encode(errors="namereplace"): encode(p.read_bytes(), vocab) for n, p in files.items()}
@@ -67,7 +65,7 @@ def tokenize(files: dict, vocab: int, bos: int) -> tuple:
         held_out |= {name: ids[cut:]} if cut < len(ids) else {}
         train |= {b"%s %d" % (name, i): ids[i : min(i + 1023, cut)] for i in range(0, cut, 1023)}
     if not (train and held_out):
-        raise DataError(f"{next(iter(files.values()))}: too little text to train on and validate")
+        raise DataError(f"--data={data}: no *_train_*.bin or enough .txt; or {[*HUB, 'stdlib']}")
     mixed = [sorted(d.items(), key=lambda x: zlib.crc32(x[0])) for d in (train, held_out)]
     train, held_out = (np.concatenate([x for _, ids in d for x in (start, ids)]) for d in mixed)
     return [train], held_out
