@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental.multihost_utils import broadcast_one_to_all, reached_preemption_sync_point
 from tensorboard.summary import Writer
 
 import data_fineweb
@@ -279,7 +278,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
     runs = (Path("runs", name + end) for end in ["", *(f"-{i}" for i in range(1, 1000))])
     run = next(run for run in runs if c.resume or not run.exists())
     text = np.frombuffer(f"{run!s:250}".encode(), np.uint8)  # of several processes, the first's
-    run = Path(bytes(broadcast_one_to_all(text)).decode().strip())
+    run = Path(bytes(ocp.multihost.broadcast_one_to_all(text)).decode().strip())
     (was, log), now = configured(run), vars(c)
     differ = [f"{k} was {was.get(k)}" for k in now if k not in FREE and was.get(k) != now[k]]
     if was and differ:
@@ -370,7 +369,7 @@ def main(argv: list[str]):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: heard.append(signal.signal(n, signal.SIG_DFL)))
     # If one of several processes gets SIGTERM, this says so in all at the same step.
-    stop = lambda step: reached_preemption_sync_point(step) or heard and jax.process_count() == 1
+    stop = lambda step: ocp.multihost.reached_preemption(step) or heard and jax.process_count() == 1
     run = train(c, stop).run_dir
     if jax.process_count() == 1 and (HERE / "tests/sample.py").exists():
         main(["sample", f"--run={run.name}", f"--device={c.device}"])
