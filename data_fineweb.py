@@ -82,23 +82,22 @@ def encode(text: bytes, vocab: int) -> np.ndarray:
 def plan(corpus: Corpus, steps) -> list:
     """For steps of (row tokens, max_doc, rows): of each a function, slice of rows -> `batch`."""
     # Documents, cut at max_doc, till the row is full; a shard's tail is dropped, as in the record.
-    planned, shards, documents, tokens = [], iter(corpus.train), iter(()), None
-    for row_tokens, max_doc, rows in steps:
-        step, room = [[]], row_tokens + 1
-        while len(step) <= rows:
-            if doc := next(documents, None):
-                step[-1].append(slice(doc[0], min(doc[1], doc[0] + min(max_doc, room))))
-                room -= step[-1][-1].stop - doc[0]
-                if not room:
-                    step, room = [*step, []], row_tokens + 1
-            elif (shard := next(shards, None)) is not None:
-                tokens, step, room = corpus.read(shard), [[]], row_tokens + 1
-                documents = pairwise([*np.flatnonzero(tokens == corpus.bos).tolist(), len(tokens)])
-            else:
-                lasts = f"{len(planned)} of {len(steps)} steps"
-                raise DataError(f"training data lasts {lasts}: fewer --steps or more data")
-        planned.append(partial(batch, tokens, step[:-1]))
-    return planned
+    planned = []
+    for tokens in map(corpus.read, corpus.train):
+        step, n = [[]], 0  # rows, tokens in the last of them
+        for start, end in pairwise([*np.flatnonzero(tokens == corpus.bos).tolist(), len(tokens)]):
+            row_tokens, max_doc, rows = steps[len(planned)]
+            step[-1].append(slice(start, min(end, start + max_doc, start + row_tokens + 1 - n)))
+            n += step[-1][-1].stop - start
+            if n > row_tokens:
+                step, n = [*step, []], 0
+            if len(step) > rows:
+                planned.append(partial(batch, tokens, step[:-1]))
+                step = [[]]
+            if len(planned) == len(steps):
+                return planned
+    lasts = f"{len(planned)} of {len(steps)} steps"
+    raise DataError(f"training data lasts {lasts}: fewer --steps or more data")
 
 
 def batch(tokens, pieces: list, rows: slice) -> np.ndarray:
