@@ -247,8 +247,7 @@ def opened(c: Config, run: Path):
     p, options = program(c, mesh), ocp.CheckpointManagerOptions(max_to_keep=2)
     manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
     both = {"state": ocp.args.StandardRestore(p.like), "meta": ocp.args.JsonRestore()}
-    steps = sorted(manager.all_steps(), reverse=True)
-    for step in steps:
+    for step in sorted(manager.all_steps(), reverse=True):
         try:
             got = manager.restore(step, args=ocp.args.Composite(**both))
             if int(p.bits(got["state"])) != got["meta"]["bits"]:  # orbax has no checksum
@@ -256,7 +255,7 @@ def opened(c: Config, run: Path):
             return mesh, p, manager, got["state"], got["meta"]
         except Exception as error:  # whatever it is that the library stumbles over
             print(f"warning: checkpoint {step} cannot be read, passed over: {error!s:.200}")
-    if steps:
+    if manager.all_steps():
         raise InputError(f"{run}: no checkpoint can be read: choose another --run")
     return mesh, p, manager, None, {"step": 0, "train_time": 0.0, "log": 0, "csv": 0}
 
