@@ -47,9 +47,7 @@ def normuon(rows: dict, rate: Schedule, momentum: Schedule, dtype, split=lambda 
             p, g, v = params[name], grads[name], state["second"][name]
             average[name] = incremental_update(g, state["momentum"][name], 1 - m)
             nesterov = incremental_update(average[name], g, m).astype(dtype)
-            stacks = (z.reshape(-1, *z.shape[-2:]) for z in (nesterov, v))
-            u, new = split(lambda x, v: normalize_rows(orthogonalize(x), v), *stacks)
-            u, second[name] = u.reshape(p.shape), new.reshape(v.shape)
+            u, second[name] = split(lambda x, v: normalize_rows(orthogonalize(x), v), nesterov, v)
             updates[name] = -row.lr * lr * (u + jnp.where(u * p >= 0, 1.2 * lr * p, 0))
         return updates, {"momentum": average, "second": second}
 

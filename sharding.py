@@ -84,12 +84,13 @@ def lookup(table, ids_BT, dtype):
 
 
 def spread(mesh: Mesh, f, *stacks):
-    """f of stacks (n, rows, columns) of matrices, each device having its own whole ones."""
-    axes, rest, more = RULES["matrices"], P.UNCONSTRAINED, -len(stacks[0]) % mesh.size
+    """f of stacks (..., rows, columns) of matrices, each device having its own whole ones."""
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in stacks]
+    axes, rest, n = RULES["matrices"], P.UNCONSTRAINED, len(flat[0])
     lay = lambda x, i: lax.with_sharding_constraint(x, NamedSharding(mesh, P(axes[:i], rest, rest)))
-    even = (jax.numpy.pad(x, ((0, more), (0, 0), (0, 0))) for x in stacks)
-    own = f(*(reduce(lay, (1, 2, 3), x) for x in even))  # by one mesh axis at a time: XLA would
-    return [reduce(lay, (3, 2, 1), x)[: len(stacks[0])] for x in own]  # gather all for two at once
+    even = (jax.numpy.pad(x, ((0, -n % mesh.size), (0, 0), (0, 0))) for x in flat)
+    own = f(*(reduce(lay, (1, 2, 3), x) for x in even))  # one axis at a time, or XLA gathers all
+    return [reduce(lay, (3, 2, 1), x)[:n].reshape(z.shape) for x, z in zip(own, stacks)]
 
 
 def global_rows(mesh: Mesh, shape: tuple, read) -> jax.Array:
