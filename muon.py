@@ -36,10 +36,9 @@ def normalize_rows(x, second, beta2: float = 0.95):
 
 def normuon(rows: dict, rate: Schedule, momentum: Schedule, dtype, split=lambda f, *x: f(*x)):
     """NorMuon with cautious decay (records 41, 43); `split` applies f to stacks of matrices."""
-
-    def init(params):
-        zeros = {name: jnp.zeros(params[name].shape, jnp.float32) for name in rows}
-        return {"momentum": zeros, "second": {name: z[..., :1] for name, z in zeros.items()}}
+    zeros = lambda params: {name: jnp.zeros_like(params[name]) for name in rows}
+    sizes = lambda params: {name: z[..., :1] for name, z in zeros(params).items()}
+    init = lambda params: {"momentum": zeros(params), "second": sizes(params)}
 
     def update(grads, state, params, *, step):
         lr, m, updates, average, second = rate(step), momentum(step), {}, {}, {}
