@@ -246,13 +246,13 @@ def opened(c: Config, run: Path):
     mesh = sharding.make_mesh(c.mesh)
     p, options = program(c, mesh), ocp.CheckpointManagerOptions(max_to_keep=2)
     manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
-    both = {"state": ocp.args.StandardRestore(p.like), "meta": ocp.args.JsonRestore()}
     for step in sorted(manager.all_steps(), reverse=True):
         try:
-            got = manager.restore(step, args=ocp.args.Composite(**both))
-            if int(p.bits(got["state"])) != got["meta"]["bits"]:  # orbax has no checksum
+            state = manager.restore(step, args=ocp.args.StandardRestore(p.like))
+            meta = manager.metadata(step).custom_metadata
+            if int(p.bits(state)) != meta["bits"]:  # orbax has no checksum
                 raise ValueError("it is not what was saved")
-            return mesh, p, manager, got["state"], got["meta"]
+            return mesh, p, manager, state, meta
         except Exception as error:  # whatever it is that the library stumbles over
             print(f"warning: checkpoint {step} cannot be read, passed over: {error!s:.200}")
     if manager.all_steps():
@@ -332,8 +332,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
                     manager.delete(step)
                 meta = {"log": journal.log.tell(), "csv": journal.csv.tell(), "config": vars(c)}
                 meta |= {"step": step, "train_time": spent, "bits": int(p.bits(state))}
-                both = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
-                manager.save(step, args=ocp.args.Composite(**both))  # writes in the background
+                manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=meta)  # async
             if stopped or last:  # the last line says that a run is done, so its state is safe first
                 manager.wait_until_finished()
             if stopped and not last:

@@ -29,9 +29,8 @@ def values(folder) -> list:
 def last_state(folder) -> dict:
     """All that the newest checkpoint holds: name -> (dtype, shape, bytes)."""
     with ocp.CheckpointManager((Path(folder) / "runs/a/checkpoints").absolute()) as manager:
-        newest = {"state": ocp.args.StandardRestore(), "meta": ocp.args.JsonRestore()}
-        got = manager.restore(manager.latest_step(), args=ocp.args.Composite(**newest))
-    leaves = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(got.state)}
+        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
+    leaves = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(state)}
     held = {name: np.asarray(x) for name, x in leaves.items()}
     return {name: (x.dtype.str, x.shape, x.tobytes()) for name, x in held.items()}
 

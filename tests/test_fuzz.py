@@ -157,9 +157,8 @@ def saved(tmp_path_factory):
         states[step] = p.init(step)
         sizes = {"log": journal.log.tell(), "csv": journal.csv.tell()}
         sizes |= {"step": step, "train_time": 1.0, "bits": int(p.bits(states[step]))}
-        meta = train_gpt.ocp.args.JsonSave(sizes)
-        both = {"state": train_gpt.ocp.args.StandardSave(states[step]), "meta": meta}
-        manager.save(step, args=train_gpt.ocp.args.Composite(**both))
+        args = train_gpt.ocp.args.StandardSave(states[step])
+        manager.save(step, args=args, custom_metadata=sizes)
     manager.close()
     journal.board.close()
     return folder, c, p, {step: jax.tree.map(np.array, state) for step, state in states.items()}
