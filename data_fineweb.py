@@ -66,9 +66,8 @@ def tokenize(data: str, files: dict, vocab: int, bos: int) -> tuple:
         train |= {b"%s %d" % (name, i): ids[i : min(i + 1023, cut)] for i in range(0, cut, 1023)}
     if not (train and held_out):
         raise DataError(f"--data={data}: no *_train_*.bin or enough .txt; or {[*HUB, 'stdlib']}")
-    mixed = [sorted(d.items(), key=lambda x: zlib.crc32(x[0])) for d in (train, held_out)]
-    train, held_out = (np.concatenate([x for _, ids in d for x in (start, ids)]) for d in mixed)
-    return [train], held_out
+    mixed = lambda d: np.concatenate([x for n in sorted(d, key=zlib.crc32) for x in (start, d[n])])
+    return [mixed(train)], mixed(held_out)
 
 
 def encode(text: bytes, vocab: int) -> np.ndarray:
