@@ -11,6 +11,7 @@ POLAR_EXPRESS = (  # arXiv:2505.16932, five steps
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+zeros = lambda rows, params: {name: jnp.zeros_like(params[name]) for name in rows}
 
 
 def orthogonalize(x):
@@ -36,9 +37,8 @@ def normalize_rows(x, second, beta2: float = 0.95):
 
 def normuon(rows: dict, rate: Schedule, momentum: Schedule, dtype, split=lambda f, *x: f(*x)):
     """NorMuon with cautious decay (records 41, 43); `split` applies f to stacks of matrices."""
-    zeros = lambda params: {name: jnp.zeros_like(params[name]) for name in rows}
-    sizes = lambda params: {name: z[..., :1] for name, z in zeros(params).items()}
-    init = lambda params: {"momentum": zeros(params), "second": sizes(params)}
+    sizes = lambda params: {name: z[..., :1] for name, z in zeros(rows, params).items()}
+    init = lambda params: {"momentum": zeros(rows, params), "second": sizes(params)}
 
     def update(grads, state, params, *, step):
         lr, m, updates, average, second = rate(step), momentum(step), {}, {}, {}
@@ -55,8 +55,7 @@ def normuon(rows: dict, rate: Schedule, momentum: Schedule, dtype, split=lambda 
 
 def adam(rows: dict, rate: Schedule):
     """Adam with cautious weight decay (record 50), every second step on their summed gradient."""
-    zeros = lambda params: {name: jnp.zeros_like(params[name]) for name in rows}
-    init = lambda params: dict.fromkeys(("pending", "m", "v"), zeros(params))
+    init = lambda params: dict.fromkeys(("pending", "m", "v"), zeros(rows, params))
 
     def update(grads, state, params, *, step):
         updates, pending, ms, vs = {}, {}, {}, {}
