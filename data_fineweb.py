@@ -95,8 +95,7 @@ def plan(corpus: Corpus, steps) -> list:
                 step = [[]]
             if len(planned) == len(steps):
                 return planned
-    lasts = f"{len(planned)} of {len(steps)} steps"
-    raise DataError(f"training data lasts {lasts}: fewer --steps or more data")
+    raise DataError(f"training data lasts {len(planned)} of {len(steps)} steps: fewer --steps?")
 
 
 def batch(tokens, pieces: list, rows: slice) -> np.ndarray:

@@ -167,14 +167,12 @@ def splash(q, k, v, doc, window: int, P: int):
 def cudnn(q, k, v, doc, window: int, P: int):
     """What `attend` computes, on a GPU, in bf16. The library's kernel knows no documents: 16 more
     dims of q and k have the bits of their number, so that logits of others are lower by 128."""
-    (B, H, T, K), rows = q.shape, []
-    bits = jnp.where(doc[:, None, :, None] >> np.arange(16) & 1, 8, -8)
-    for x, more in (q, bits), (k, bits), (v, 0 * bits):
-        x = jnp.concatenate([x, jnp.broadcast_to(more, (B, H, T, 16)).astype(x.dtype)], -1)
-        x = x.reshape(B, -1, P, T, K + 16).transpose(0, 3, 2, 1, 4)
-        rows.append(x.reshape(B, P * T, -1, K + 16))
+    B, _, T, K, W = *q.shape, q.shape[3] + 16
+    bits = jnp.where(doc[:, None, :, None] >> np.arange(16) & 1, jnp.full_like(q[..., :16], 8), -8)
+    xs = (jnp.concatenate(both, -1) for both in ((q, bits), (k, bits), (v, 0 * bits)))
+    xs = (x.reshape(B, -1, P, T, W).transpose(0, 3, 2, 1, 4).reshape(B, P * T, -1, W) for x in xs)
     sees = {"is_causal": True, "local_window_size": (window, 0), "implementation": "cudnn"}
-    o = jax.nn.dot_product_attention(*rows, scale=1.0, **sees)[..., :K]
+    o = jax.nn.dot_product_attention(*xs, scale=1.0, **sees)[..., :K]
     return o.reshape(B, T, P, -1, K).transpose(0, 3, 2, 1, 4).reshape(q.shape)
 
 

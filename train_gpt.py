@@ -113,8 +113,8 @@ def program(c: Config, mesh) -> SimpleNamespace:
     table, schedule, chip = model.param_table(c), c.schedule(), mesh.devices.flat[0]
     longs, dtype = [s.long for *_, s in schedule], jnp.float32 if c.float32 else jnp.bfloat16
     yarns = [model.yarn(c.width // c.heads, longs[: i + 1]) for i in range(len(longs))]
-    kernels = {"tpu": model.splash, "gpu": model.cudnn} if mesh.shape["tensor"] == 1 else {}
-    attend, why = kernels.get(chip.platform, model.attend), ""
+    kernels = {("tpu", 1): model.splash, ("gpu", 1): model.cudnn}  # where a device has whole heads
+    attend, why = kernels.get((chip.platform, mesh.shape["tensor"]), model.attend), ""
     if attend is model.cudnn:
         attend, why = model.trusted(attend, c.width // c.heads, dtype)
     how = attend, "v5 lite" in chip.device_kind
@@ -201,15 +201,14 @@ class Journal:  # the console, log.txt, metrics.csv and TensorBoard of a run, of
             file.truncate(min(size, file.tell()))  # drops what came after the checkpoint
         if not meta["step"]:
             source, line = "".join((HERE / name).read_text() for name in SOURCES), "=" * 100
-            devices = f"JAX {jax.__version__}, {jax.device_count()} {jax.devices()[0].device_kind}"
-            setup = f"Python {sys.version}, {devices}\nconfig {json.dumps(vars(c))}"
-            self.say(f"{source}{line}\n{setup}\n{line}", False)
+            on = f"{jax.device_count()} {jax.devices()[0].device_kind}, JAX {jax.__version__}"
+            about = f"Python {sys.version}, {on}\nconfig {json.dumps(vars(c))}"
+            self.say(f"{source}{line}\n{about}\n{line}", False)
             print("step,train_time_ms,name,value", file=self.csv, flush=True)
 
     def say(self, line: str, show: bool = True):
-        print(line, file=self.log, flush=True)
-        if show and self.first:
-            print(line, flush=True)
+        for file in [self.log] + [sys.stdout] * (show and self.first):
+            print(line, file=file, flush=True)
 
     def scalar(self, step: int, seconds: float, name: str, value: float, show: bool = True):
         ms = 1000 * seconds
@@ -281,8 +280,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
     (was, log), now = configured(run), vars(c)
     differ = [f"{k} was {was.get(k)}" for k in now if k not in FREE and was.get(k) != now[k]]
     if was and differ:
-        how = f"choose another --run, or --resume=false to start {name}-1"
-        raise InputError(f"{run} is there already, {', '.join(differ)}: {how}")
+        raise InputError(f"{run} is there already, {', '.join(differ)}: --run or --resume=false?")
     if done := re.search(rf"^step:{c.steps}/.* val_loss:(\S+) train_time:(\d+).*$", log, re.M):
         print(done[0])
         return Result(float(done[1]), int(done[2]) / 1000, run)
