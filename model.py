@@ -177,7 +177,7 @@ def cudnn(q, k, v, doc, window: int, P: int):
 
 
 def trusted(fast, K: int, dtype):
-    """(`fast`, its error) where its gradients here are those of `attend`, else (that, why)."""
+    """`fast`, if its gradients on this device are those of `attend`, else that; and why, a text."""
     x, doc = jax.random.normal(jax.random.key(0), (3, 2, 4, 512, K)), jnp.arange(1024) // 300
     f = lambda x, f: jnp.square(f(x[0] / 9, *x[1:], doc.reshape(2, 512), 99, 2)).sum()
     gradients = jax.jit(jax.grad(f), static_argnums=1)
@@ -185,8 +185,8 @@ def trusted(fast, K: int, dtype):
         want, got = gradients(x, attend), gradients(x.astype(dtype), fast)
         error = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
     except Exception as reason:  # whatever the library, its version or the GPU lack
-        return attend, f"{fast.__name__}: {reason!s:.80}"
-    return fast if error < 0.02 else attend, f"{fast.__name__} off by {error:.4f}"
+        return attend, f", {fast.__name__} fails: {reason!s:.80}"
+    return fast if error < 0.02 else attend, f", {fast.__name__} is off by {error:.4f}"
 
 
 def attention(x, size, w, kind: str, view, doc):

@@ -296,7 +296,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
     each = f"{n} devices x {c.rows // n // (k := turns(c, c.rows // n))} row x {k} accumulation"
     for t in dict.fromkeys(s.tokens for s in stages):
         journal.say(f"{t} tokens/step = {c.rows} rows x {t // c.rows} = {each}")
-    journal.say(f"attention by {p.views[0].attend.__name__} {p.why}")
+    journal.say(f"attention by {p.views[0].attend.__name__}{p.why}")
     jobs = {"update": partial(p.update.lower, p.like, like)}
     for i in {c.stage(step) for step in range(first, c.steps)}:
         jobs["train", i] = partial(p.gradients.lower, like, batch(schedule[i][0]), 0, i)

@@ -56,7 +56,7 @@ def both(f, q, k, v, do):  # output and gradients
 def attention(tiny: bool):  # of documents: both against `attend` in float32; q as the model has it
     K, dtype = 32 if tiny else 128, jnp.bfloat16
     chosen, why = model.trusted(model.cudnn, K, dtype)
-    say("attention at start-up", "", f"{chosen.__name__}: {why}")
+    say("attention at start-up", "", chosen.__name__ + why)
     sizes = (2048, 128, 1), (8192, 384, 2), (16384, 896, 1), (49152, 768, 2), (49152, 1664, 1)
     for T, W, P in [(128, 32, 1), (128, 32, 2)] if tiny else sizes:
         rng, shape = (

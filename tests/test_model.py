@@ -194,7 +194,7 @@ def test_attention_that_is_wrong_is_not_trusted(same_api):
 
 def test_without_cudnn_attention_is_plain():
     kernel, why = model.trusted(model.cudnn, 64, jnp.bfloat16)
-    assert kernel is model.attend and why.startswith("cudnn: ")
+    assert kernel is model.attend and "cudnn fails" in why
 
 
 @pytest.mark.parametrize("P, window, T", [(1, 9, 64), (2, 13, 32), (1, 40, 96)])

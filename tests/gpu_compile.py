@@ -1,0 +1,64 @@
+"""Compiles `speedrun` for 8xH100 without one: python tests/gpu_compile.py [STAGE or update ...]
+
+Needs `pip install "jax[cuda13]"`. Says what memory each program takes on a GPU, and that attention
+is cuDNN's; neither whether cuDNN takes its sizes nor how fast it is, which only a GPU can say."""
+
+import os
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"  # it would time kernels on the GPU
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import numpy as np
+from jax._src.cudnn import fused_attention_stablehlo as fused
+from jax.experimental import topologies
+
+import model
+import sharding
+import train_gpt
+
+H100 = """platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 12 patch: 0 } gpu_device_info {
+threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132
+shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+registers_per_core_limit: 65536 registers_per_block_limit: 65536 fpus_per_core: 128
+block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+device_memory_size: 84942979072
+cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES } }"""
+
+
+def main(words: list[str]):
+    options = {"topology": "1x1x8", "target_config": H100}
+    devices = topologies.get_topology_desc("", platform="cuda", **options).devices
+    fused.check_compute_capability = lambda capability: True  # these three ask a GPU that is there
+    fused.is_cuda_compute_capability_equal = lambda capability: False
+    fused.check_cudnn_version = lambda: 91200
+    model.trusted = lambda fast, K, dtype: (fast, "")
+    c = train_gpt.Config(preset="speedrun")
+    mesh = sharding.make_mesh("", devices)
+    p, at = train_gpt.program(c, mesh), sharding.placed(mesh, ["rows"])
+    params = p.like["params"]
+    for word in words or ["0", "1", "2", "3", "update"]:
+        began = time.perf_counter()
+        if word == "update":
+            lowered = p.update.lower(p.like, params)
+        else:
+            shape = c.rows, c.schedule()[int(word)][2].tokens // c.rows + 1
+            rows = jax.ShapeDtypeStruct(shape, np.uint16, sharding=at)
+            lowered = p.gradients.lower(params, rows, 0, int(word))
+        program = lowered.compile()
+        calls = Counter(re.findall(r'custom_call_target="([^"]*)"', program.as_text()))
+        temp = program.memory_analysis().temp_size_in_bytes / 2**30
+        took = time.perf_counter() - began
+        print(f"{word:8} {temp:6.2f} GiB temporary, compiled in {took:.0f} s, {dict(calls)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
