@@ -280,7 +280,8 @@ def train(c: Config, stop=lambda step: False) -> Result:
     (was, log), now = configured(run), vars(c)
     differ = [f"{k} was {was.get(k)}" for k in now if k not in FREE and was.get(k) != now[k]]
     if was and differ:
-        raise InputError(f"{run} is there already, {', '.join(differ)}: --run or --resume=false?")
+        how = f"choose another --run, or --resume=false to start {name}-1"
+        raise InputError(f"{run} is there already, {', '.join(differ)}: {how}")
     if done := re.search(rf"^step:{c.steps}/.* val_loss:(\S+) train_time:(\d+).*$", log, re.M):
         print(done[0])
         return Result(float(done[1]), int(done[2]) / 1000, run)
@@ -294,8 +295,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
     began, like, n = time.perf_counter(), p.like["params"], sharding.ways(mesh, "rows")
     each = f"{n} devices x {c.rows // n // (k := turns(c, c.rows // n))} row x {k} accumulation"
-    for t in dict.fromkeys(s.tokens for s in stages):
-        journal.say(f"{t} tokens/step = {c.rows} rows x {t // c.rows} = {each}")
+    journal.say(f"{[s.tokens for *_, s in schedule]} tokens/step = {c.rows} rows = {each}")
     journal.say(f"attention by {p.views[0].attend.__name__}{p.why}")
     jobs = {"update": partial(p.update.lower, p.like, like)}
     for i in {c.stage(step) for step in range(first, c.steps)}:
