@@ -185,7 +185,7 @@ def trusted(fast, K: int, dtype):
         want, got = gradients(x, attend), gradients(x.astype(dtype), fast)
         error = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
     except Exception as reason:  # whatever the library, its version or the GPU lack
-        return attend, f", {fast.__name__} fails: {reason!s:.80}"
+        return attend, f", {fast.__name__} fails: {reason!r:.80}"
     return fast if error < 0.02 else attend, f", {fast.__name__} is off by {error:.4f}"
 
 
