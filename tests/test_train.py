@@ -43,7 +43,10 @@ def test_log_is_complete_and_its_lines_are_the_contracts(finished):
     assert sorted(line.split("_loss")[0] for line in steps) == sorted(want)
     config = json.loads(re.search(r"^config (.*)$", log, re.MULTILINE)[1])
     assert config["width"] == 32 and config["steps"] == 12
-    assert "compiled" in done.stdout and "[768, 1024, 1536] tokens/step = 8 rows = 1 devices" in done.stdout
+    assert (
+        "compiled" in done.stdout
+        and "[768, 1024, 1536] tokens/step = 8 rows = 1 devices" in done.stdout
+    )
     assert "with compiling" in done.stderr  # the sample's last line
 
 
