@@ -1,4 +1,4 @@
-"""Compiles `speedrun` for 8xH100 without one: python tests/gpu_compile.py [STAGE or update ...]
+"""Compiles `speedrun` for 8xH100 without one: python tests/gpu_compile.py [0 1 2 3 update val0 ...]
 
 Needs `pip install "jax[cuda13]"`. Says what memory each program takes on a GPU, and that attention
 is cuDNN's; neither whether cuDNN takes its sizes nor how fast it is, which only a GPU can say."""
@@ -14,14 +14,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"  # it would time kernels on the GPU
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import jax
-import numpy as np
 from jax._src.cudnn import fused_attention_stablehlo as fused
 from jax.experimental import topologies
 
 import model
 import sharding
+import tool
 import train_gpt
+from plan import programs
 
 H100 = """platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
 dnn_version_info { major: 9 minor: 12 patch: 0 } gpu_device_info {
@@ -43,17 +43,11 @@ def main(words: list[str]):
     model.trusted = lambda fast, K, dtype: (fast, "")
     c = train_gpt.Config(preset="speedrun")
     mesh = sharding.make_mesh("", devices)
-    p, at = train_gpt.program(c, mesh), sharding.placed(mesh, ["rows"])
-    params = p.like["params"]
-    for word in words or ["0", "1", "2", "3", "update"]:
+    jobs = programs(c, train_gpt.program(c, mesh), mesh)
+    for word in words or jobs:
         began = time.perf_counter()
-        if word == "update":
-            lowered = p.update.lower(p.like, params)
-        else:
-            shape = c.rows, c.schedule()[int(word)][2].tokens // c.rows + 1
-            rows = jax.ShapeDtypeStruct(shape, np.uint16, sharding=at)
-            lowered = p.gradients.lower(params, rows, 0, int(word))
-        program = lowered.compile()
+        lower = jobs[train_gpt.choose("program", word, jobs)]
+        program = lower().compile()
         calls = Counter(re.findall(r'custom_call_target="([^"]*)"', program.as_text()))
         temp = program.memory_analysis().temp_size_in_bytes / 2**30
         took = time.perf_counter() - began
@@ -61,4 +55,4 @@ def main(words: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    tool.run(main)
