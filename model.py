@@ -7,7 +7,6 @@ import math
 import zlib
 from collections import namedtuple
 from functools import cache, partial
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +70,7 @@ def init(table: dict, key) -> dict:
 def yarn(K: int, longs) -> tuple[np.ndarray, float]:
     """Frequencies and scale after the long window went through `longs` tokens (record 31)."""
     freqs, scale = (1 / 1024) ** np.linspace(0, 1, K // 4, dtype=np.float32), 0.1
-    for old, new in pairwise(longs):
+    for old, new in zip(longs, longs[1:]):
         keep = np.clip((old * freqs / (2 * np.pi) - 1) / 31, 0, 1)
         freqs = freqs * (old / new + keep * (1 - old / new))
         scale *= 0.2 * math.log(new / old) + 1
@@ -134,9 +133,8 @@ def attend(q, k, v, doc, window: int, P: int):
 def splash_kernel(H: int, T: int, window: int, P: int):
     """A TPU's kernel of `attend`: P heads of T tokens stay one behind the other."""
     from jax.experimental.pallas.ops.tpu import splash_attention as tpu
-    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import Mask
 
-    class Band(Mask):
+    class Band(tpu.Mask):
         shape, block = (P * T, P * T), P * np.arange(math.gcd(T, 512))
 
         def __getitem__(self, cuts):  # blocks of it, millions for long rows
@@ -218,7 +216,7 @@ def features(w, tokens_BT, c, view):
     doc = jnp.cumsum(tokens_BT == c.bos, 1)
     banks = ("qkv", "out", "attn_gate", "value_gate", "up", "down", "qkv_scale", "out_scale")
     each = {name: iter(lax.split(w[name], (1,) * len(w[name]))) for name in banks}
-    take = lambda *names: {name: next(each[name])[0] for name in names}  # noqa: E731
+    take = lambda *names: {name: next(each[name])[0] for name in names}
     look = partial(sharding.lookup, dtype=w["head"].dtype)
     x = look(w["embed"], tokens_BT)
     bigram = look(w["bigram"], bigram_hash(tokens_BT, c.bigram_rows))
@@ -236,8 +234,7 @@ def features(w, tokens_BT, c, view):
         else:
             layer |= scales | take("qkv", "out", "attn_gate") | {"post": w["post"][i, 0]}
             layer |= take("value_gate") | {"ve": next(values)} if "v" in kind else {}
-            attn = again(partial(attention, kind=kind, view=view, doc=doc))
-            y = kept.get("b", x)
+            attn, y = again(partial(attention, kind=kind, view=view, doc=doc)), kept.get("b", x)
             y = attn(y, root(y), layer)
             inject = [(w["x0_inject"][i], x0), (w["bigram_inject"][i], bigram)]
             x = mix((w["resid"][i, 0], x), (1, y), *inject[: 2 if i else 1])
@@ -249,17 +246,19 @@ def features(w, tokens_BT, c, view):
 
 # The logits are 23 sigmoid((x + 5) / 7.5) (records 18, 54) = 11.5 + 11.5 cap(x).
 cap = lambda x: jnp.tanh((x.astype(jnp.float32) + 5) / 15)
+fp8 = lambda x: x.clip(-448, 448).astype(jnp.float8_e4m3fn)  # it has NaN for what is larger
 
 
-def with_grads(x, head, m):
+def with_grads(x, head, m, small):
     """Sum of m log sum exp 11.5 cap(logits), x (B, T, D), head (V, D) float32, m (B, T, 1); and its
     gradients by x and head, so that the logits, GBs if not in chunks, are made but once."""
     n = math.gcd(x.shape[1], 1 << (2**27 // (len(x) * len(head))).bit_length())
     w = head.astype(x.dtype)
+    dot = partial(jnp.einsum, "bnd,vd->bnv", preferred_element_type=x.dtype)
 
     def chunk(sums, args):
         (total, dhead), (x, m) = sums, args  # x (B, n, D), m (B, n, 1)
-        z = cap(x @ w.T)
+        z = cap(dot(fp8(4 * x), fp8(256 * w)) / 1024 if small else dot(x, w))
         p = jnp.exp(11.5 * z)
         norms = p.sum(-1, keepdims=True)
         # The softmax's norms come in behind, so that one pass makes both; the barrier keeps it one.
@@ -273,18 +272,18 @@ def with_grads(x, head, m):
     return total, (dx.swapaxes(0, 1).reshape(x.shape), dhead)
 
 
-log_norms = jax.custom_vjp(lambda x, head, m: with_grads(x, head, m)[0])
-log_norms.defvjp(with_grads, lambda grads, t: (*((t * g).astype(g.dtype) for g in grads), None))
+log_norms = jax.custom_vjp(lambda *args: with_grads(*args)[0], nondiff_argnums=(3,))
+log_norms.defvjp(with_grads, lambda _, grads, t: (*((t * g).astype(g.dtype) for g in grads), None))
 
 
-def loss(w, rows, c, view, weights):
-    """Cross entropy of the next len(weights) tokens (record 53), summed over rows (B, T + 1)."""
+def loss(w, rows, c, view, mtp, small=False):
+    """Cross entropy of the next tokens by weights mtp (record 53), summed over rows (B, T + 1)."""
     # Targets beyond the row are dropped; those in the next document count, as in the record.
     tokens, T = rows.astype(jnp.int32), rows.shape[1] - 1
     x, head = features(w, tokens[:, :-1], c, view), w["head"].astype(jnp.float32)
-    m = [weight * (jnp.arange(T) < T - k)[:, None] for k, weight in enumerate(weights)]
-    total = log_norms(x, head, jnp.broadcast_to(sum(m), (*x.shape[:2], 1)))
-    for k in range(len(weights)):  # the head's gradient is added up in float32, here and there
+    m = [weight * (jnp.arange(T) < T - k)[:, None] for k, weight in enumerate(mtp)]
+    total = log_norms(x, head, jnp.broadcast_to(sum(m), (*x.shape[:2], 1)), small)
+    for k in range(len(mtp)):  # the head's gradient is added up in float32, here and there
         said = head[jnp.roll(tokens, -1 - k, 1)[:, :-1]].astype(x.dtype)
         logit = jnp.einsum("btd,btd->bt", x, said, preferred_element_type=jnp.float32)
         total -= (m[k] * 11.5 * cap(logit.astype(x.dtype))[..., None]).sum()

@@ -31,6 +31,8 @@ def start_processes():
         return jax.distributed.initialize(address, *ranks)
     with suppress(ValueError, OSError):  # so it is none
         jax.distributed.initialize()
+        if environ.get("SLURM_TASKS_PER_NODE", "").partition("(")[0] == "1":  # JAX takes one GPU
+            jax.config.update("jax_cuda_visible_devices", "all")
 
 
 def make_mesh(layout: str, devices=None) -> Mesh:

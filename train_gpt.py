@@ -7,7 +7,6 @@ import difflib
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -35,7 +34,7 @@ HERE = Path(__file__).parent
 SOURCES = ("launch", "train_gpt.py", "model.py", "muon.py", "data_fineweb.py", "sharding.py")
 COMMANDS = ("train", "sample", "eval", "record", "plan", "bench")  # all but the first: tests/*.py
 # Keys that cannot change the result: a run may go on with other values of them.
-FREE = {"mesh", "device_rows", "val_every", "save_every", "run", "resume", "device", "cpu_devices"}
+FREE = {*"mesh device_rows val_every save_every keep run resume device cpu_devices target".split()}
 HINTS = {  # what errors of libraries say -> what to do
     "No space left": "disk full, make room, and the same command goes on:",
     "RESOURCE_EXHAUSTED": "out of device memory: try --device_rows=N with a smaller N:",
@@ -60,10 +59,10 @@ STAGES = {
 }
 # All keys with their defaults, as on the command line (README: what each is), and by preset.
 KEYS = """preset=speedrun data=fineweb10B mesh= seed=0 steps=1490 val_every=250 save_every=250 run=
-resume=true device=auto cpu_devices=1 float32=false target=3.28 device_rows=1 rows=8 stages=speedrun
-layers=p,v,pv,ls,o,p,k,b,v,pv,lv width=768 heads=6 vocab=50304 bos=50256 bigram_rows=251520
-muon_lr=0.023 adam_lr=0.008 lr_fall=0.6 momentum_rise=0.2013423 momentum_fall=0.033557047
-val_tokens=10485760 val_row_tokens=262144 val_long=2560"""
+keep=2 resume=true device=auto cpu_devices=1 float32=false fp8=false target=3.28 device_rows=1
+rows=8 stages=speedrun layers=p,v,pv,ls,o,p,k,b,v,pv,lv width=768 heads=6 vocab=50304 bos=50256
+bigram_rows=251520 muon_lr=0.023 adam_lr=0.008 lr_fall=0.6 momentum_rise=0.2013423
+momentum_fall=0.033557047 val_tokens=10485760 val_row_tokens=262144 val_long=2560"""
 PRESETS = {
     "speedrun": "",
     "smoke": """data=stdlib device=cpu float32=true steps=460 val_every=460 device_rows=8 width=96
@@ -75,14 +74,15 @@ turns = lambda c, n: next((k for k in range(1, n) if n % k == 0 and n // k <= c.
 
 
 class Config(SimpleNamespace):
-    """Every key. Config(preset="smoke", steps=50): the preset's values, then those given."""
-
-    def __init__(self, **keys):  # values as text or typed
+    def __init__(self, **keys):
+        """Every key: the preset's value or the given one, typed or text. Raises InputError."""
         words = lambda text: dict(word.split("=") for word in text.split())
         preset, like = choose("preset", keys.get("preset", "speedrun"), PRESETS), words(KEYS)
         values = like | words(PRESETS[preset]) | {choose("key", n, like): keys[n] for n in keys}
         super().__init__(**{name: typed(name, values[name], like[name]) for name in like})
         choose("stages", self.stages, STAGES)
+        if self.heads % 2 or self.width % (4 * self.heads) or self.bos >= self.vocab:
+            raise InputError("--heads must be even, --width 4 n of them, --bos less than --vocab")
 
     def schedule(self) -> list[tuple[int, int, Stage]]:  # (first step, end, stage) of each
         ends = [round(stage.end * self.steps) for stage in STAGES[self.stages]]
@@ -99,13 +99,13 @@ def choose(what: str, name: str, table):
     raise InputError(f"unknown {what} '{name}': did you mean '{near}'?")
 
 
-def typed(name: str, value, like: str):  # `value`, perhaps text, of the type that `like` has
-    kinds = {r"true|false": bool, r"\d+": int, r"\d+\.\d+": float, "(?s).*": str}
-    kind = next(kind for form, kind in kinds.items() if re.fullmatch(form, like))
-    try:
-        return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
-    except (ValueError, KeyError):
-        raise InputError(f"--{name}={value}: expected {kind.__name__}, like {like}") from None
+def typed(name: str, value, like: str):  # `value`, perhaps text, of the kind that `like` is
+    kinds = {"true or false": "(?i)true|false", "int above 0": r"[1-9]\d*", "int": r"\d{1,9}"}
+    kinds |= {"float": r"\d+(\.\d+)?(e-?\d+)?", "layers": "[bklopsv,]+", "text": "(?s).*"}
+    kind = next(kind for kind, form in kinds.items() if re.fullmatch(form, like))
+    if not re.fullmatch(kinds[kind], str(value)):
+        raise InputError(f"--{name}={value}: expected {kind}, like {like}")
+    return str(value) if kind in ("layers", "text") else json.loads(str(value).lower())
 
 
 def program(c: Config, mesh) -> SimpleNamespace:
@@ -143,11 +143,11 @@ def program(c: Config, mesh) -> SimpleNamespace:
 
     def gradients(params, rows, step, stage):  # -> loss per token, gradients
         start, end, s = schedule[stage]
-        weights = np.array(s.mtp) + (np.array(s.mtp_end) - s.mtp) * (step - start) / (end - start)
+        mtp = np.array(s.mtp) + (np.array(s.mtp_end) - s.mtp) * (step - start) / (end - start)
 
-        def local(params, rows, weights):
+        def local(params, rows, mtp):
             w, pull = jax.vjp(use, params)
-            some = lambda rows: jax.value_and_grad(model.loss)(w, rows, c, views[stage], weights)
+            some = lambda rows: jax.value_and_grad(model.loss)(w, rows, c, views[stage], mtp, c.fp8)
             add = lambda sums, rows: (jax.tree.map(jnp.add, sums, some(rows)), None)
             zeros = jnp.zeros(()), {n: jnp.zeros(x.shape) for n, x in w.items()}
             rows = rows.reshape(turns(c, len(rows)), -1, rows.shape[1])
@@ -157,7 +157,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
             grads = {n: sharding.summed(g, table[n].axes) for n, g in grads.items()}
             return sharding.summed(loss) / (c.rows * (rows.shape[-1] - 1)), grads
 
-        return by_rows(local, (parts, cut, whole), (whole, parts))(params, rows, weights)
+        return by_rows(local, (parts, cut, whole), (whole, parts))(params, rows, mtp)
 
     def update(state, grads):  # -> state, norm of the gradients
         params, step = state["params"], state["step"]
@@ -171,7 +171,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
 
     def evaluate(params, rows, view):  # -> loss per token
         def local(params, rows):
-            loss = partial(model.loss, use(params), c=c, view=views[view], weights=jnp.ones(1))
+            loss = partial(model.loss, use(params), c=c, view=views[view], mtp=jnp.ones(1))
             return sharding.summed(jax.lax.map(lambda row: loss(row[None]), rows).sum())
 
         return by_rows(local, (parts, cut), whole)(params, rows) / rows[:, 1:].size
@@ -243,7 +243,7 @@ def start(c: Config):
 def opened(c: Config, run: Path):
     """Mesh, program, checkpoints of a run, and of the newest that can be read (state, meta)."""
     mesh = sharding.make_mesh(c.mesh)
-    p, options = program(c, mesh), ocp.CheckpointManagerOptions(max_to_keep=2)
+    p, options = program(c, mesh), ocp.CheckpointManagerOptions(max_to_keep=max(1, c.keep))
     manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
     for step in sorted(manager.all_steps(), reverse=True):
         try:
@@ -272,18 +272,16 @@ def configured(run: Path) -> tuple[dict, str]:
 def train(c: Config, stop=lambda step: False) -> Result:
     """Trains, or goes on with the run, to the last step. If `stop` says so saves and exits, 75."""
     start(c)
-    name = c.run or time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
-    runs = (Path("runs", name + end) for end in ["", *(f"-{i}" for i in range(1, 1000))])
-    run = next(run for run in runs if c.resume or not run.exists())
+    fresh = f"{c.run}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}".strip("-")
+    run = Path("runs", c.run if c.run and c.resume else fresh)
     text = np.frombuffer(f"{run!s:250}".encode(), np.uint8)  # of several processes, the first's
     run = Path(bytes(ocp.multihost.broadcast_one_to_all(text)).decode().strip())
     (was, log), now = configured(run), vars(c)
     differ = [f"{k} was {was.get(k)}" for k in now if k not in FREE and was.get(k) != now[k]]
     if was and differ:
-        how = f"choose another --run, or --resume=false to start {name}-1"
-        raise InputError(f"{run} is there already, {', '.join(differ)}: {how}")
+        raise InputError(f"{run} is there already, {', '.join(differ)}: try another --run")
     if done := re.search(rf"^step:{c.steps}/.* val_loss:(\S+) train_time:(\d+).*$", log, re.M):
-        print(done[0])
+        print(done[0], flush=True)
         return Result(float(done[1]), int(done[2]) / 1000, run)
     schedule, corpus = c.schedule(), data_fineweb.open_corpus(c.data, c.vocab, c.bos)
     stages = [schedule[c.stage(step)][2] for step in range(c.steps)]
@@ -307,6 +305,8 @@ def train(c: Config, stop=lambda step: False) -> Result:
     ocp.multihost.get_barrier_sync_fn()(key="all have compiled", timeout_ms=3600_000)  # Gloo: 30 s
     journal.say(f"compiled {len(jobs)} programs in {time.perf_counter() - began:.1f} s")
     state = state or p.init(c.seed)
+    for i in [key[1] for key in compiled if key[0] == "train"]:  # a first call takes longer
+        jax.block_until_ready(compiled["train", i](state["params"], batch(schedule[i][0]), 0))
 
     def note(step, loss, norm):  # waits for the device
         loss, norm, at = float(loss), float(norm), spent + time.perf_counter() - began
@@ -324,11 +324,11 @@ def train(c: Config, stop=lambda step: False) -> Result:
             spent += time.perf_counter() - began
             if (stopped or saving) and step > first:  # before validation, which could fail
                 need = 2**20 + 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-                if shutil.disk_usage(run).free < need:  # orbax would say so in 400 lines
+                if (disk := os.statvfs(run)).f_bavail * disk.f_frsize < need:
                     raise InputError(f"{run}: disk full: a save takes {need / 1e6:.0f} MB")
                 if step in manager.all_steps():  # one that could not be read
                     manager.delete(step)
-                meta = {"log": journal.log.tell(), "csv": journal.csv.tell(), "config": vars(c)}
+                meta = {"log": journal.log.tell(), "csv": journal.csv.tell()}
                 meta |= {"step": step, "train_time": spent, "bits": int(p.bits(state))}
                 manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=meta)  # async
             if stopped or last:  # the last line says that a run is done, so its state is safe first
@@ -353,7 +353,7 @@ def main(argv: list[str]):
     """Runs a command line. Raises InputError, DataError or OSError for what users can mend."""
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     if {"-h", "--help"} & {command, *argv}:
-        return print(__doc__)
+        return print(__doc__, "Keys, with their defaults:", KEYS, sep="\n")
     if choose("command", command, COMMANDS) != "train":
         os.execv(sys.executable, [sys.executable, str(HERE / f"tests/{command}.py"), *argv])
     words = (word.removeprefix("--").partition("=") for word in argv)
@@ -368,7 +368,8 @@ def main(argv: list[str]):
     stop = lambda step: ocp.multihost.reached_preemption(step) or heard and jax.process_count() == 1
     run = train(c, stop).run_dir
     if jax.process_count() == 1 and (HERE / "tests/sample.py").exists():
-        main(["sample", f"--run={run.name}", f"--device={c.device}"])
+        now = [f"--{name}={value}" for name, value in vars(c).items() if name in FREE - {"run"}]
+        main(["sample", "--end", f"--run={os.path.relpath(run, 'runs')}", *now])
 
 
 if __name__ == "__main__":

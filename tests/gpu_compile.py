@@ -1,7 +1,7 @@
 """Compiles `speedrun` for 8xH100 without one: python tests/gpu_compile.py [0 1 2 3 update val0 ...]
-
-Needs `pip install "jax[cuda13]"`. Says what memory each program takes on a GPU, and that attention
-is cuDNN's; neither whether cuDNN takes its sizes nor how fast it is, which only a GPU can say."""
+[--fp8 or another key of Config]. Needs `pip install "jax[cuda13]"`. Says what memory each program
+takes on a GPU, and which kernels of cuDNN and cuBLAS it calls; neither whether cuDNN takes the
+sizes nor how fast it is, nor which products XLA times as faster in Triton: only a GPU can say."""
 
 import os
 import re
@@ -24,7 +24,7 @@ import train_gpt
 from plan import programs
 
 H100 = """platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
-dnn_version_info { major: 9 minor: 12 patch: 0 } gpu_device_info {
+dnn_version_info { major: 9 minor: 12 patch: 0 } runtime_version { major: 13 } gpu_device_info {
 threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132
 shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
 registers_per_core_limit: 65536 registers_per_block_limit: 65536 fpus_per_core: 128
@@ -34,14 +34,16 @@ device_memory_size: 84942979072
 cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES } }"""
 
 
-def main(words: list[str]):
+def main(argv: list[str]):
+    words = [word for word in argv if not word.startswith("--")]
+    keys = {"preset": "speedrun"} | tool.keys_of([word for word in argv if word not in words])
     options = {"topology": "1x1x8", "target_config": H100}
     devices = topologies.get_topology_desc("", platform="cuda", **options).devices
     fused.check_compute_capability = lambda capability: True  # these three ask a GPU that is there
     fused.is_cuda_compute_capability_equal = lambda capability: False
     fused.check_cudnn_version = lambda: 91200
     model.trusted = lambda fast, K, dtype: (fast, "")
-    c = train_gpt.Config(preset="speedrun")
+    c = train_gpt.Config(**keys)
     mesh = sharding.make_mesh("", devices)
     jobs = programs(c, train_gpt.program(c, mesh), mesh)
     for word in words or jobs:

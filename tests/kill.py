@@ -82,7 +82,8 @@ def main(kills: int = 20, seed: int = 0):
         assert run(want, *LONG).returncode == 0
         while len(done) < kills:
             moment = MOMENTS[len(done) % 3]
-            status = killed_once(got, LONG, moment, random)
+            keep = f"--keep={1 + len(done) % 2}"  # with every moment, in turns
+            status = killed_once(got, [*LONG, keep], moment, random)
             if status is not None:  # it ended: once more from the start, and so on
                 assert status == 0, f"exit status {status}"
                 assert same(want, got), "it ended with other values"

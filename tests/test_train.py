@@ -63,8 +63,10 @@ def test_in_python_and_nothing_is_compiled_while_it_trains(tmp_path, monkeypatch
 
     monkeypatch.setattr(train_gpt.Journal, "scalar", counted)
     keys = KEYS | {"steps": 12, "val_every": 5, "save_every": 2, "run": "a", "cpu_devices": 8}
+    keys["keep"] = 1
     result = train_gpt.train(train_gpt.Config(**keys))
-    assert np.isfinite(result.val_loss) and result.train_time > 0 and result.run_dir.exists()
+    assert np.isfinite(result.val_loss) and result.train_time > 0
+    assert [path.name for path in (result.run_dir / "checkpoints").iterdir()] == ["12"]
     heard = len(events)
     jax.jit(lambda x: x + heard)(1)
     assert len(events) == heard + 1

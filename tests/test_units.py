@@ -181,9 +181,25 @@ def test_the_norms_by_chunks_are_those_of_the_whole(monkeypatch):
     head, m = jax.random.normal(jax.random.key(1), (50, 16)), jnp.arange(128.0).reshape(2, 64, 1)
     z = 23 * jax.nn.sigmoid((x @ head.T + 5) / 7.5) - 11.5
     want = (m * jax.nn.logsumexp(z, -1, keepdims=True)).sum()
-    whole = jax.value_and_grad(model.log_norms, (0, 1))(x, head, m)
+    whole = jax.value_and_grad(model.log_norms, (0, 1))(x, head, m, False)
     monkeypatch.setattr(model.math, "gcd", lambda *_: 8)
-    chunked = jax.value_and_grad(model.log_norms, (0, 1))(x, head, m)
+    chunked = jax.value_and_grad(model.log_norms, (0, 1))(x, head, m, False)
     close(chunked[0], want, 1e-5)
     for a, b in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole)):
         close(a, b, 1e-4)
+
+
+def test_the_head_in_8_bits_is_near_and_never_beyond_its_range():
+    """Off by what 3 bits of mantissa leave; gradients are bf16's; large weights are clipped."""
+    draw = lambda n, *shape: jax.random.normal(jax.random.key(n), shape)
+    x, head, m = draw(0, 2, 64, 256), draw(1, 50, 256) / 20, jnp.ones((2, 64, 1))
+    both = jax.jit(jax.value_and_grad(model.log_norms, (0, 1)), static_argnums=3)
+    off = lambda a, b: jnp.linalg.norm(a - b) / jnp.linalg.norm(b)
+    want, got = both(x, head, m, False), both(x, head, m, True)
+    assert 1e-7 < off(got[0], want[0]) < 3e-3
+    assert all(1e-4 < off(a, b) < 0.08 for a, b in zip(got[1], want[1]))
+    x, head = 0 * x + 1, head.at[0].set(9)  # by 256 that is 2304, which e4m3 has not
+    near = both(x, head.at[0].set(448 / 256), m, True)
+    assert both(x, head, m, True)[0] == near[0] and np.isfinite(near[0])
+    text = both.lower(x, head, m, True).as_text()
+    assert text.count("f8E4M3FN") > 0 and "f8E4M3FN" not in both.lower(x, head, m, False).as_text()
