@@ -1,7 +1,7 @@
 """NanoGPT speedrun in JAX: trains record #77's recipe to 3.28 validation loss on FineWeb.
 
 python train_gpt.py [COMMAND] [--key=value ...]: train, or no word, has Config's keys, and no preset
-is speedrun on a GPU or TPU, else smoke. sample, eval, record, plan, bench are tests/COMMAND.py."""
+is speedrun on a GPU or TPU, else smoke. the others are tests/COMMAND.py."""
 
 import difflib
 import json
@@ -32,7 +32,7 @@ from sharding import InputError
 
 HERE = Path(__file__).parent
 SOURCES = ("launch", "train_gpt.py", "model.py", "muon.py", "data_fineweb.py", "sharding.py")
-COMMANDS = ("train", "sample", "eval", "record", "plan", "bench")  # all but the first: tests/*.py
+COMMANDS = ("train", "sample", "eval", "record", "plot", "plan", "bench")  # others: tests/*.py
 # Keys that cannot change the result: a run may go on with other values of them.
 FREE = {*"mesh device_rows val_every save_every keep run resume device cpu_devices target".split()}
 HINTS = {  # what errors of libraries say -> what to do
