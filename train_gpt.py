@@ -1,7 +1,7 @@
 """NanoGPT speedrun in JAX: trains record #77's recipe to 3.28 validation loss on FineWeb.
 
-python train_gpt.py [COMMAND] [--key=value ...]: train, or no word, has Config's keys, and no preset
-is speedrun on a GPU or TPU, else smoke. the others are tests/COMMAND.py."""
+python train_gpt.py [COMMAND] [--key=value ...]: no COMMAND is train, which has Config's keys, and no
+--preset is speedrun on a GPU or TPU, else smoke. The other commands are tests/COMMAND.py."""
 
 import difflib
 import json
