@@ -1,6 +1,6 @@
 """NanoGPT speedrun in JAX: trains record #77's recipe to 3.28 validation loss on FineWeb.
 
-python train_gpt.py [COMMAND] [--key=value ...]: no COMMAND is train, which has Config's keys, and no
+python train_gpt.py [COMMAND] [--key=value ...]: no COMMAND is train, which has Config's keys; no
 --preset is speedrun on a GPU or TPU, else smoke. The other commands are tests/COMMAND.py."""
 
 import difflib
