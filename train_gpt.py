@@ -243,7 +243,7 @@ def start(c: Config):
 def opened(c: Config, run: Path):
     """Mesh, program, checkpoints of a run, and of the newest that can be read (state, meta)."""
     mesh = sharding.make_mesh(c.mesh)
-    p, options = program(c, mesh), ocp.CheckpointManagerOptions(max_to_keep=max(1, c.keep))
+    p, options = program(c, mesh), ocp.CheckpointManagerOptions(max_to_keep=c.keep)
     manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
     for step in sorted(manager.all_steps(), reverse=True):
         try:
@@ -273,9 +273,8 @@ def train(c: Config, stop=lambda step: False) -> Result:
     """Trains, or goes on with the run, to the last step. If `stop` says so saves and exits, 75."""
     start(c)
     fresh = f"{c.run}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}".strip("-")
-    run = Path("runs", c.run if c.run and c.resume else fresh)
-    text = np.frombuffer(f"{run!s:250}".encode(), np.uint8)  # of several processes, the first's
-    run = Path(bytes(ocp.multihost.broadcast_one_to_all(text)).decode().strip())
+    name = np.frombuffer(f"{c.run if c.run and c.resume else fresh:240}".encode(), np.uint8)
+    run = Path("runs", bytes(ocp.multihost.broadcast_one_to_all(name)).decode().strip())
     (was, log), now = configured(run), vars(c)
     differ = [f"{k} was {was.get(k)}" for k in now if k not in FREE and was.get(k) != now[k]]
     if was and differ:
