@@ -11,7 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"  # it would time kernels on the GPU
+# Else it would time kernels on the GPU; and products that it gave to Triton would have no name.
+os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from jax._src.cudnn import fused_attention_stablehlo as fused
