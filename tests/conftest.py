@@ -9,6 +9,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Nearly all of the tests' time is LLVM's; XLA's own passes are the same at this level.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Tests see a pipe as users do: in one, what is printed without a flush can be lost.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 import jax
 
