@@ -27,7 +27,8 @@ import tool
 import train_gpt
 from sharding import InputError
 
-Run = namedtuple("Run", "seed folder loss seconds log source setup target curve")
+Run = namedtuple("Run", "seed folder loss seconds log source setup curve")
+RANKS = ("RANK", "SLURM_PROCID", "TPU_WORKER_ID")  # who of several processes this is
 
 
 def p_value(losses: list[float], target: float) -> float:
@@ -54,11 +55,11 @@ def read(seed: int, folder: Path) -> Run:  # a finished one, as its files tell i
     c = json.loads(config)
     final = rf"^step:{c['steps']}/.* val_loss:(\S+) train_time:(\d+)ms"
     loss, ms = map(float, re.search(final, steps, re.MULTILINE).groups())
-    return Run(seed, folder, loss, ms / 1000, log, source, setup, c["target"], curves.read(csv))
+    return Run(seed, folder, loss, ms / 1000, log, source, setup, curves.read(csv))
 
 
-def readme(name: str, argv: list[str], runs: list[Run]) -> str:
-    losses, target, seconds = [r.loss for r in runs], runs[0].target, [r.seconds for r in runs]
+def readme(name: str, argv: list[str], runs: list[Run], target: float) -> str:
+    losses, seconds = [r.loss for r in runs], [r.seconds for r in runs]
     rows = [f"| {r.seed} | {r.loss:.4f} | {r.seconds:.3f} | seed{r.seed}.txt |\n" for r in runs]
     spread = f", standard deviation {np.std(losses, ddof=1):.4f}" if len(runs) > 1 else ""
     cpu = subprocess.getoutput("grep -sm1 '^model name' /proc/cpuinfo | cut -d: -f2-").strip()
@@ -81,7 +82,7 @@ mean {np.mean(seconds):.3f} s. The logs hold the sources, the config and every s
 """
 
 
-def write(name: str, argv: list[str], runs: list[Run]):
+def write(name: str, argv: list[str], runs: list[Run], target: float):
     if odd := [run.folder for run in runs if run.source != runs[0].source]:
         raise InputError(f"{odd[0]} and {runs[0].folder} differ in sources: choose another --name")
     there = sorted(Path("records").glob(f"????-??-??_{name}"))
@@ -91,8 +92,8 @@ def write(name: str, argv: list[str], runs: list[Run]):
         log.unlink()
     for run in runs:
         (folder / f"seed{run.seed}.txt").write_text(run.log)
-    (folder / "curves.svg").write_text(curves.picture([run.curve for run in runs], runs[0].target))
-    (folder / "README.md").write_text(text := readme(name, argv, runs))
+    (folder / "curves.svg").write_text(curves.picture([run.curve for run in runs], target))
+    (folder / "README.md").write_text(text := readme(name, argv, runs, target))
     print(f"record: {folder}: {text.splitlines()[2]}")
 
 
@@ -113,15 +114,16 @@ def main(argv: list[str]):
     name, n = keys.pop("name", ""), keys.pop("runs", "8")
     if not re.fullmatch(r"\w[\w.-]* [1-9]\d*", f"{name} {n}") or {"run", "resume"} & {*keys}:
         raise InputError(f"--name={name} --runs={n}: a name without /, runs > 0, no --run/--resume")
-    first, n = train_gpt.Config(**keys).seed, int(n)
+    c, n = train_gpt.Config(**keys), int(n)
+    first = c.seed
     runs = {seed: Path("runs", f"record-{name}-{seed}") for seed in range(first, first + n)}
     for seed, run in runs.items():
         print(f"record: {run}, of seeds {first} to {first + n - 1}", flush=True)
         args = [f"--{key}={value}" for key, value in keys.items() if key != "seed"]
         if status := train([*args, f"--seed={seed}", f"--run={run.name}"]):
             sys.exit(print(f"record: {run} ended with status {status}", file=sys.stderr) or status)
-    if os.environ.get("RANK", "0") == "0":  # the first process has the logs
-        write(name, argv, [read(*run) for run in runs.items()])
+    if next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0":
+        write(name, argv, [read(*run) for run in runs.items()], c.target)  # the runs' may be others
 
 
 if __name__ == "__main__":

@@ -122,6 +122,40 @@ def test_seeds_arguments_and_the_directory_of_an_earlier_day(stub, capfd):
     assert not (folder / "seed7.txt").exists() and "seed7" not in (folder / "README.md").read_text()
 
 
+def test_the_target_is_the_records_whatever_the_runs_had(stub):
+    stub(3.1, 3.2)
+    record.main(["--name=a", "--target=3", "--runs=2"])
+    Path("stub.py").write_text("")  # they have ended, and their logs stay
+    record.main(["--name=a", "--target=4.5", "--runs=2"])
+    said = next(Path("records").glob("*/README.md")).read_text()
+    assert "mean is below 4.5 does" in said and "[3.1, 3.2], 4.5," in said
+    assert '"target": 3}' in Path("runs/record-a-0/log.txt").read_text()
+    record.main(["--name=a", "--runs=2"])
+    assert "mean is below 3.28 does" in next(Path("records").glob("*/README.md")).read_text()
+
+
+@pytest.mark.parametrize(
+    "env, first",
+    [
+        ({}, True),
+        ({"RANK": "0", "SLURM_PROCID": "1"}, True),
+        ({"RANK": "1", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_PROCID": "0", "TPU_WORKER_ID": "2"}, True),
+        ({"SLURM_PROCID": "1", "TPU_WORKER_ID": "0"}, False),
+        ({"TPU_WORKER_ID": "0"}, True),
+        ({"TPU_WORKER_ID": "3"}, False),
+    ],
+)
+def test_one_of_several_processes_writes(stub, monkeypatch, env, first):
+    for name in record.RANKS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    stub(3.1)
+    record.main(["--name=a", "--target=3", "--runs=1"])
+    assert Path("runs/record-a-0/log.txt").exists() and Path("records").exists() == first
+
+
 def test_runs_of_different_sources_are_no_record(stub):
     stub(3.1, 9.5)
     with pytest.raises(record.InputError, match="differ in sources"):
@@ -175,6 +209,7 @@ def test_picture_is_sound_and_its_numbers_lie_where_the_data_do():
     assert len(points) == 200 and (np.diff(points) != 0).all()
     assert (np.diff(points[:, 0]) > 0).all() and (np.diff(points[:, 1]) > 0).all()
     assert points[-1, 0] == 780 and points[-1, 1] <= 400
+    assert len(numbers) == 1 and 'viewBox="0 0 800 450"' in svg
     assert svg.count("h0") == 2  # the validation of step 0 is above the range
 
 
