@@ -47,7 +47,7 @@ def test_log_is_complete_and_its_lines_are_the_contracts(finished):
         "compiled" in done.stdout
         and "[768, 1024, 1536] tokens/step = 8 rows = 1 devices" in done.stdout
     )
-    assert "with compiling" in done.stderr  # the sample's last line
+    assert "without compiling" in done.stderr  # the sample's last line
 
 
 def test_in_python_and_nothing_is_compiled_while_it_trains(tmp_path, monkeypatch):
@@ -129,7 +129,9 @@ def test_goes_on_where_a_killed_run_was_saved(finished, tmp_path):
         (["--preset=smok"], "did you mean 'smoke'"),
         (["trian"], "did you mean 'train'"),
         (["--preset=smoke", "--steps=three"], "--steps=three: expected int"),
-        (["--preset=smoke", "--resume=maybe"], "--resume=maybe: expected bool"),
+        (["--preset=smoke", "--resume=maybe"], "--resume=maybe: expected true or false"),
+        (["--preset=smoke", "--save_every=0"], "--save_every=0: expected int above 0"),
+        (["--preset=smoke", "--heads=3"], "--heads must be even"),
         (["--preset=smoke", "--data=stdlip"], "stdlib"),
         (["--preset=smoke", "--mesh=fsdp:3"], "devices"),
         (["--preset=smoke", "--mesh=rows:2"], "AXIS"),
@@ -145,6 +147,36 @@ def test_what_the_user_can_mend_is_one_line_and_2(tmp_path, args, says):
     assert done.returncode == 2, done.stderr
     assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        *((name, "0", "expected int above 0") for name in ("save_every", "val_every", "steps")),
+        *((name, "0", "expected int above 0") for name in ("rows", "device_rows", "width")),
+        ("steps", "-1", "expected int above 0"),
+        ("steps", "1.5", "expected int above 0"),
+        ("heads", "3", "--heads must be even"),
+        ("width", "30", "--width 4 n of them"),
+        ("bos", "300", "--bos less than --vocab"),
+        ("layers", "x,z", "expected layers"),
+        ("seed", str(2**40), "expected int"),
+        ("seed", "-1", "expected int"),
+        ("muon_lr", "nan", "expected float"),
+        ("muon_lr", "-1", "expected float"),
+        ("float32", "1", "expected true or false"),
+    ],
+)
+def test_values_that_no_training_can_have_are_refused(name, value, says):
+    with pytest.raises(train_gpt.InputError, match=re.escape(says)) as error:
+        train_gpt.Config(preset="smoke", **{name: value})
+    assert "\n" not in str(error.value)
+
+
+def test_values_and_their_texts_are_the_same_config():
+    c = train_gpt.Config(preset="smoke", seed="7", muon_lr="1e-3", fp8="True", layers="p,v")
+    assert c == train_gpt.Config(preset="smoke", seed=7, muon_lr=0.001, fp8=True, layers="p,v")
+    assert c == train_gpt.Config(**vars(c)) and type(c.seed) is int and c.fp8 is True
 
 
 ARGS = [*TINY, "--steps=12", "--val_every=5", "--save_every=5", "--run=a"]
