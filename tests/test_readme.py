@@ -1,6 +1,7 @@
 """What the README tells people to type: its commands parse, its changes of the recipe train."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,34 +12,72 @@ import train_gpt
 from commands import ROOT, TINY
 
 README = (ROOT / "README.md").read_text()
-LINES = re.findall(
-    r"^ *(?:\./launch|python train_gpt\.py|srun .*?train_gpt\.py)(.*)$", README, re.M
-)
 CHANGES = re.findall(r"```diff\n(.*?)```", README, re.S)
 OWN = {  # keys of the tools in tests/
     "train": [],
     "sample": ["prompt", "tokens", "samples", "temperature", "top_k"],
     "eval": ["hellaswag"],
-    "record": ["name", "runs", "target"],
+    "record": ["name", "runs"],
+    "plot": ["out"],
     "plan": ["topology", "only"],
     "bench": ["profile", "csv", "meshes", "stage"],
 }
 
 
-def test_every_command_has_keys_that_there_are():
-    assert len(LINES) > 10
-    for line in LINES:
-        words = line.split("#")[0].replace('"def f(x"', "text").split()
+def code(text: str) -> list[str]:
+    """Lines of blocks without a language, joined where one goes on, and the code in the text."""
+    parts, found = re.split(r"^```(.*)\n", text, flags=re.M), []
+    for i, part in enumerate(parts[::2]):
+        if i % 2 == 0:
+            found += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", part)]
+        elif not parts[2 * i - 1]:
+            found += re.sub(r"\\\n", " ", part).splitlines()
+    return found
+
+
+def launched(line: str) -> list[list[str]]:
+    """The arguments of every ./launch or train_gpt.py in a line of shell, or in a quote in it."""
+    found, words = [], None
+    for word in shlex.split(line, comments=True):
+        if word in ("./launch", "train_gpt.py"):
+            found.append(words := [])
+        elif "./launch" in word:
+            found += launched(word)
+        elif word in ("&&", "||", "|", ">", "&", "done"):
+            words = None
+        elif words is not None:
+            words.append(re.sub(r"\$\w+", "1", word.removesuffix(";")))
+    return found
+
+
+LINES = [line for line in code(README) if "./launch" in line or "train_gpt.py" in line]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_command_has_keys_that_there_are(line, monkeypatch):
+    monkeypatch.setitem(train_gpt.STAGES, "flat", train_gpt.STAGES["smoke"])  # of a change
+    for words in launched(line):
         words = [word for word in words if not word.startswith("--nproc=")]
-        if "--help" in words:
-            continue
         command = words.pop(0) if words and not words[0].startswith("--") else "train"
-        if command == "test":
+        if "--help" in words or command == "test":
             continue
-        keys = dict(word.removeprefix("--").partition("=")[::2] for word in words)
         own = OWN[train_gpt.choose("command", command, train_gpt.COMMANDS)]
-        mine = {name: value for name, value in keys.items() if name not in own}
-        train_gpt.Config(**{n: v.replace("$lr", "0.1").replace("$i", "1") for n, v in mine.items()})
+        names = [word for word in words if not word.startswith("--")]
+        assert not names or command == "plot", names
+        keys = dict(w.removeprefix("--").partition("=")[::2] for w in words if w not in names)
+        train_gpt.Config(**{name: value for name, value in keys.items() if name not in own})
+
+
+def test_no_command_is_passed_over():
+    found = [words for line in LINES for words in launched(line)]
+    assert len(found) >= README.count("./launch") > 20
+    for words in (  # in a quote, behind a line's end, in the text
+        ["--preset=speedrun", "--run=a"],
+        ["--preset=speedrun", "--mesh=fsdp:8,tensor:2", "--run=a"],
+        ["plan", "--topology=v6e:2x4"],
+    ):
+        assert words in found, words
+    assert any("--meshes" in word for words in found for word in words)
 
 
 def changed(source: str, diff: str) -> str:
