@@ -166,6 +166,20 @@ def test_slurm_and_a_checkpoint_of_one_process_in_two(one, tmp_path):
     same_losses(tmp_path, one)
 
 
+@pytest.mark.parametrize("tasks, gpus", [("1", "all"), ("1(x2)", "all"), ("2", "1")])
+def test_a_slurm_task_that_is_alone_on_its_node_has_all_its_gpus(tasks, gpus):
+    """Else JAX gives a task the one GPU of its number."""
+    job = {"SLURM_JOB_ID": port(), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "1"}
+    job |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "1"}
+    job |= {"SLURM_TASKS_PER_NODE": tasks}
+    code = f"import sys; sys.path.insert(0, '{ROOT}'); import jax, sharding; "
+    code += "sharding.start_processes(); print(jax.distributed.is_initialized(), "
+    code += "jax._src.xla_bridge.CUDA_VISIBLE_DEVICES.value)"
+    command, env = [sys.executable, "-c", code], os.environ | job
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["True", gpus], done.stdout + done.stderr[-2000:]
+
+
 def test_a_checkpoint_of_two_processes_in_one(one, two, tmp_path):
     cut(two[0], tmp_path)
     done = run(tmp_path, *ARGS, "--cpu_devices=8")
