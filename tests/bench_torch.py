@@ -1,4 +1,5 @@
-"""JAX against PyTorch on this machine: python tests/bench_torch.py --torch_python=PATH; or --help.
+"""JAX against PyTorch on this machine: python tests/bench_torch.py [--torch_python=PATH
+--csv=FILE --svg=FILE]; --help has all keys. Prints a table; FILEs get it as CSV, or as a picture.
 
 The same blocks (norm, causal attention, ReLU^2 MLP, residual) from the same numbers, in float32.
 This project does not need PyTorch: PATH is a Python that has it, if this one has not.
@@ -19,6 +20,8 @@ import numpy as np
 SIDES = {"jax": "#4285f4", "torch eager": "#f9ab00", "torch compile": "#ea4335"}
 DEFAULTS = {"batches": "1,4,16", "tokens": 256, "width": 256, "heads": 4, "layers": 4, "steps": 20}
 DEFAULTS |= {"torch_python": sys.executable, "csv": "", "svg": "", "side": ""}  # side: for itself
+HELP = {"csv": "where to write the table, as CSV", "svg": "where to draw tokens/s, as SVG"}
+HELP |= {"side": "for itself: measures one side", "torch_python": "a Python that has PyTorch"}
 RATE, EPS = 0.1, 1.1920929e-07
 LEGEND = """first s: the first step, with compiling and all else that happens once; warm-up s: what
 later steps do not take of it; step ms: their median, forward, backward and SGD; loss: the last."""
@@ -118,9 +121,9 @@ def drawing(rows: list[dict]) -> str:  # bars of tokens/s, as SVG
 
 
 def main(argv: list[str]):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     for name, value in DEFAULTS.items():
-        parser.add_argument(f"--{name}", type=type(value), default=value)
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=HELP.get(name))
     c, rows = parser.parse_args(argv), []
     if c.side:
         return side(c.side, c, int(c.batches))

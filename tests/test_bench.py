@@ -1,8 +1,12 @@
-"""The benchmark: its columns, what it counts, and that it makes up no peak."""
+"""The benchmarks: their columns, what they count, and that they make up no peak."""
 
 import csv
+import json
 import re
+import subprocess
+import xml.etree.ElementTree as xml
 
+import bench_torch
 import jax
 import pytest
 
@@ -66,3 +70,28 @@ def test_peaks_are_of_known_chips_alone():
     assert bench.peak("TPU v6 lite") == 918e12 and bench.peak("NVIDIA A100-SXM4-80GB") == 312e12
     for kind in ("cpu", "NVIDIA H100 PCIe", "NVIDIA H200 NVL", "TPU v9", "NVIDIA GH200 480GB"):
         assert bench.peak(kind) is None
+
+
+def test_jax_against_pytorch_in_a_table_csv_and_a_picture(tmp_path, monkeypatch, capsys):
+    """With what the side of JAX measures, tiny, in the place of PyTorch's."""
+    tiny = "--tokens=8 --width=8 --heads=2 --layers=1 --steps=2".split()
+    bench_torch.main([*tiny, "--side=jax", "--batches=2"])
+    row = json.loads(capsys.readouterr().out)
+    assert 0 < row["warm-up s"] < row["first s"] and row["step ms"] > 0
+
+    def measured(command, **more):
+        keys = dict(word[2:].split("=", 1) for word in command if word.startswith("--"))
+        side = {"batch": int(keys["batches"]), "side": keys["side"]} if "side" in keys else {}
+        return subprocess.CompletedProcess(command, 0, json.dumps(row | side), "")
+
+    monkeypatch.setattr(bench_torch.subprocess, "run", measured)
+    files = [f"--csv={tmp_path}/a.csv", f"--svg={tmp_path}/a.svg"]
+    bench_torch.main([*tiny, "--batches=2,4", *files])
+    out, rows = capsys.readouterr().out, list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert [(r["batch"], r["side"]) for r in rows] == [
+        (batch, side) for batch in "24" for side in bench_torch.SIDES
+    ]
+    names = ["batch", "side", "first s", "warm-up s", "step ms", "tokens/s", "loss"]
+    assert [*rows[0]] == re.split(r"  +", out.splitlines()[0].strip()) == names
+    bars = [x for x in xml.parse(tmp_path / "a.svg").iter() if x.tag.endswith("rect")]
+    assert len(bars) == len(rows) == 6
