@@ -1,5 +1,6 @@
 """Text from a checkpoint: ./launch sample --run=NAME [--prompt=TEXT --tokens=256 --samples=1
 --temperature=0.8 --top_k=50 --seed=0], and any key of Config that does not change the result.
+--end: after a training; what fails is a warning, as the training itself is done.
 """
 
 import sys
@@ -36,7 +37,7 @@ def saved(keys: dict) -> SimpleNamespace:
     run = Path("runs", keys.get("run", ""))
     was, _ = train_gpt.configured(run)
     if not was:
-        there = ", ".join(sorted(path.name for path in Path("runs").glob("*"))) or "none yet"
+        there = ", ".join(tool.runs()) or "none yet"
         raise InputError(f"--run={keys.get('run', '')}: no such run; there are: {there}")
     c = train_gpt.Config(**was | keys)
     train_gpt.start(c)
@@ -59,45 +60,67 @@ def logits_of(run):
     return jax.jit(sharding.by_rows(run.mesh, local, (run.p.parts, whole, whole), whole))
 
 
+def words(vocab: int):
+    """GPT-2's encoding where the vocabulary has it, else None: bytes. Raises InputError."""
+    try:  # the first time on a machine tiktoken downloads it
+        return tiktoken.get_encoding("r50k_base") if vocab > 50256 else None
+    except Exception as error:  # of several HTTP libraries
+        how = "it takes a network, or TIKTOKEN_CACHE_DIR=FOLDER with what one had downloaded"
+        raise InputError(f"no vocabulary of GPT-2: {how}: {tool.line(error)}") from error
+
+
 def decoded(tokens: list[int], vocab: int) -> str:
     """The text of tokens, less those that stand for none."""
-    if vocab <= 50256:
-        return bytes(t for t in tokens if t < 256).decode(errors="replace")
-    return tiktoken.get_encoding("r50k_base").decode([t for t in tokens if t < 50256])
+    if gpt2 := words(vocab):
+        return gpt2.decode([t for t in tokens if t < 50256])
+    return bytes(t for t in tokens if t < 256).decode(errors="replace")
 
 
-def write(run, prompt: str, n: int, samples: int, temperature: float, top_k: int) -> list[str]:
-    """The prompt and n tokens that the model puts behind it. One buffer, so compiled once; every
-    token computes it all again, which at these sizes is less than a cache would take to move.
+def write(run, prompt: str, n: int, samples: int, temperature: float, top_k: int):
+    """Texts, the prompt and n tokens that the model puts behind it, and the seconds they took. One
+    buffer, so compiled once, before the clock starts; every token computes it all again, which at
+    these sizes is less than a cache would take to move.
     """
+    words(run.c.vocab)
     c, ids = run.c, [run.c.bos, *data_fineweb.encode(prompt.encode(), run.c.vocab)]
     room, stop = -(-(len(ids) + n) // 128) * 128, len(ids) + n
-    if stop > c.val_long * 16:
-        raise InputError(f"--prompt and --tokens are {stop} tokens together, at most 16 windows")
+    if stop > (most := c.val_long * 16):
+        had = f"--prompt has {len(ids) - 1} tokens and --tokens={n}"
+        raise InputError(f"{had}: {most - 1} fit together, 16 windows")
     logits = logits_of(run)
     tokens, rng = np.zeros((samples, room), np.int32), np.random.default_rng(c.seed)
     tokens[:, : len(ids)] = ids
+    jax.block_until_ready(logits(run.params, tokens, 0))
+    began = time.perf_counter()
     for i in range(len(ids), stop):
         z = np.array(logits(run.params, tokens, i - 1), np.float32) / max(temperature, 1e-6)
         z[z < np.sort(z)[:, -min(top_k, z.shape[1]), None]] = -np.inf
         tokens[:, i] = np.argmax(z + (temperature > 0) * rng.gumbel(size=z.shape), 1)
-    return [decoded(row, c.vocab) for row in tokens[:, :stop].tolist()]
+    spent = time.perf_counter() - began
+    return [decoded(row, c.vocab) for row in tokens[:, :stop].tolist()], spent
+
+
+def sample(mine: dict, keys: dict):
+    run = saved(keys)
+    run.c = train_gpt.Config(**vars(run.c) | {"seed": mine.pop("seed")})
+    texts, spent = write(run, *mine.values())
+    count = mine["tokens"] * mine["samples"]
+    if jax.process_index() == 0:
+        print(*texts, sep="\n" + "-" * 100 + "\n", flush=True)
+        speed = f"{count / spent:.0f} tokens/s without compiling"
+        print(f"{count} tokens in {spent:.2f} s, {speed}", file=sys.stderr)
 
 
 def main(argv: list[str]):
     own = {"prompt": "\n", "tokens": 256, "samples": 1, "temperature": 0.8, "top_k": 50}
-    mine, keys = split(argv, own | {"seed": 0})
-    seed = mine.pop("seed")
-    if min(mine["tokens"], mine["samples"], mine["top_k"]) < 1:
-        raise InputError("--tokens, --samples and --top_k are at least 1")
-    run = saved(keys)
-    run.c = train_gpt.Config(**vars(run.c) | {"seed": seed})
-    began, texts = time.perf_counter(), write(run, *mine.values())
-    spent = time.perf_counter() - began
-    count = mine["tokens"] * mine["samples"]
-    if jax.process_index() == 0:
-        print(*texts, sep="\n" + "-" * 100 + "\n")
-        print(f"{count} tokens, {count / spent:.0f} tokens/s with compiling", file=sys.stderr)
+    mine, keys = split(argv, own | {"seed": 0, "end": False})
+    end = mine.pop("end")
+    try:
+        sample(mine, keys)
+    except (Exception, KeyboardInterrupt) as error:
+        if not end:
+            raise
+        print(f"warning: no sample: {tool.line(error)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

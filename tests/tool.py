@@ -2,7 +2,9 @@
 
 import csv
 import sys
+from pathlib import Path
 
+import train_gpt
 from sharding import InputError
 
 
@@ -10,6 +12,18 @@ def keys_of(argv: list[str]) -> dict:
     """--name=value as {name: value}, --name as true."""
     words = (word.removeprefix("--").partition("=") for word in argv)
     return {name: value if given else "true" for name, given, value in words}
+
+
+def runs(file: str = "log.txt") -> list[str]:
+    """Names of the runs that have such a file; one may be a path, like sweep/a."""
+    return sorted(str(path.parent.relative_to("runs")) for path in Path("runs").rglob(file))
+
+
+def line(error: BaseException) -> str:
+    """What an error says, in one line, with its kind if that is not one for users."""
+    text = str(error).strip().partition("\n")[0]
+    kind = "" if isinstance(error, (InputError, OSError)) else type(error).__name__
+    return ": ".join(word for word in (kind, text) if word)
 
 
 def write_csv(path: str, rows: list[dict]):
@@ -25,5 +39,8 @@ def run(main):
     """Ends Python with main(arguments)'s status; what the user can mend is one line and 2."""
     try:
         sys.exit(main(sys.argv[1:]))
-    except (InputError, OSError) as error:  # InputError is DataError, too
-        sys.exit(print(str(error).strip().partition("\n")[0], file=sys.stderr) or 2)
+    except Exception as error:  # DataError is the same as InputError
+        hints = [hint for word, hint in train_gpt.HINTS.items() if word in str(error)]
+        if not (hints or isinstance(error, (InputError, OSError))):
+            raise
+        sys.exit(print(*hints[:1], line(error), file=sys.stderr) or 2)
