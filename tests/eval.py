@@ -18,7 +18,7 @@ import data_fineweb
 import model
 import sharding
 import tool
-from sample import saved, split
+from sample import saved, split, words
 from sharding import InputError
 
 REPO, FILE = "Rowan/hellaswag", "data/hellaswag_val.jsonl"
@@ -26,7 +26,7 @@ T, ROWS = 256, 16  # tokens of context and ending; (question, ending) pairs at o
 
 
 def questions(path: str) -> list[dict]:
-    """ctx, endings and label of every item. Raises InputError."""
+    """ctx, four endings and label, 0 to 3, of every item. Raises InputError."""
     if path == "true":
         try:
             path = hf_hub_download(REPO, FILE, repo_type="dataset", local_dir="data/hellaswag")
@@ -35,6 +35,12 @@ def questions(path: str) -> list[dict]:
             raise InputError(f"HellaSwag: no download, give --hellaswag=PATH: {why}") from error
     try:
         items = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+        for i, item in enumerate(items):
+            kinds = [type(text) for text in (item["endings"], item["ctx"], *item["endings"])]
+            if kinds != [list] + [str] * 5 or str(item["label"]) not in [*"0123"]:
+                raise ValueError(f"item {i + 1}: no ctx with 4 endings and a label of 0 to 3")
+        if not items:
+            raise ValueError("no items")
         return [{k: item[k] for k in ("ctx", "endings", "label")} for item in items]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--hellaswag={path}: not HellaSwag's lines of JSON: {error!r}") from error
@@ -88,6 +94,7 @@ def main(argv: list[str]):
     val_loss = float(run.p.evaluate(run.params, val, c.stage(step)))
     print(f"step:{step}/{c.steps} val_loss:{val_loss:.4f}")
     if mine["hellaswag"]:
+        words(c.vocab)  # if it cannot be had, said at once
         items = questions(mine["hellaswag"])
         best = scores(run, *pairs(items, c)).reshape(-1, 4).argmax(1)
         right = int(sum(best == [int(item["label"]) for item in items]))
