@@ -1,18 +1,31 @@
-"""sample and eval: what they say of a run, and what they refuse."""
+"""sample, eval and plot: what they say of a run, and what they refuse."""
 
 import json
+import re
+import shutil
+import sys
+import xml.etree.ElementTree as xml
+from types import SimpleNamespace
 
 import jax
 import numpy as np
+import plot
 import pytest
+import tiktoken
 
 import commands
+import curves
 import data_fineweb
+import sample
 import sharding
+import tool
 import train_gpt
 from commands import run
 
 TINY = [*commands.TINY, "--layers=vls,k,b", "--steps=4", "--val_every=2", "--run=a"]
+
+
+SPEED = re.compile(r"\d+ tokens in \d+\.\d\d s, \d+ tokens/s without compiling\n")
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +36,97 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_eval_says_the_loss_of_the_log(folder):
-    done = run(folder, "eval", "--run=a")
+@pytest.fixture(scope="module")
+def unfinished(folder, tmp_path_factory):
+    """The run as sweep/a, begun with 4 devices and saved by its next to last step."""
+    path = tmp_path_factory.mktemp("unfinished")
+    args = [*TINY, "--save_every=3", "--cpu_devices=4", "--run=sweep/a"]
+    assert run(path, *args).returncode == 0
+    shutil.rmtree(path / "runs/sweep/a/checkpoints/4")
+    log = path / "runs/sweep/a/log.txt"
+    log.write_text(log.read_text().partition("step:4/4")[0])
+    return path
+
+
+def test_eval_says_the_loss_of_the_log_and_the_accuracy_on_hellaswag(folder, tmp_path):
+    items = [{"ctx": "a b", "endings": ["c", "d", "e", "f g"], "label": i % 4} for i in range(5)]
+    (tmp_path / "h.jsonl").write_text("\n".join(json.dumps(item) for item in items))
+    done = run(folder, "eval", "--run=a", f"--hellaswag={tmp_path}/h.jsonl")
     last = [x for x in (folder / "runs/a/log.txt").read_text().splitlines() if "4/4 val" in x][0]
     assert done.stdout.split()[0:2] == last.split()[0:2], (done.stdout, done.stderr, last)
+    said = re.search(r"^hellaswag: (\d) of 5 right, accuracy (0\.\d{4})$", done.stdout, re.M)
+    assert said and int(said[1]) in (1, 2) and float(said[2]) == int(said[1]) / 5, done.stdout
+
+
+def test_a_training_ends_with_a_sample(unfinished):
+    """Of a run with a slash in its name, that goes on with 1 device where it had 4."""
+    done = run(unfinished, *TINY, "--save_every=3", "--run=sweep/a")
+    assert done.returncode == 0 and "step:3/4" not in done.stdout, done.stderr
+    text = done.stdout.partition("step:4/4 val_loss")[2].partition("\n")[2]
+    assert len(text) > 9 and SPEED.fullmatch(done.stderr), done
+    again = run(unfinished, *TINY, "--save_every=3", "--run=sweep/a")
+    assert again.returncode == 0 and SPEED.fullmatch(again.stderr), again
+
+
+@pytest.mark.parametrize("end", [[], ["--end"]])
+def test_what_fails_after_a_training_is_a_warning(folder, tmp_path, end):
+    """Here checkpoints that cannot be read."""
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    for path in (tmp_path / "runs/a/checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    done = run(tmp_path, "sample", "--run=a", *end)
+    says = "warning: no sample: " * bool(end) + "runs/a: no checkpoint can be read: choose"
+    *orbax, line = done.stderr.splitlines()
+    assert done.returncode == (0 if end else 2) and line.startswith(says), done.stderr
+    assert all("absl" in line for line in orbax), orbax
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (RuntimeError("Unable to initialize backend\nat all"), "RuntimeError: Unable to initial"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (OSError("no room"), "no room"),
+    ],
+)
+def test_any_error_is_a_warning_with_end_alone(monkeypatch, capsys, error, says):
+    def saved(keys):
+        raise error
+
+    monkeypatch.setattr(sample, "saved", saved)
+    assert sample.main(["--run=a", "--end"]) is None
+    said = capsys.readouterr()
+    assert said.err.startswith(f"warning: no sample: {says}") and not said.out
+    assert len(said.err.splitlines()) == 1
+    with pytest.raises(type(error)):
+        sample.main(["--run=a"])
+
+
+def test_no_way_to_the_vocabulary_says_what_to_do(tmp_path, monkeypatch, capsys):
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})  # it may be in memory
+    run_ = SimpleNamespace(c=train_gpt.Config())
+    monkeypatch.setattr(sample, "saved", lambda keys: run_)
+    says = "no vocabulary of GPT-2: it takes a network, or TIKTOKEN_CACHE_DIR=FOLDER with"
+    sample.main(["--run=a", "--end"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: no sample: {says}")
+    monkeypatch.setattr(sys, "argv", ["sample", "--run=a"])
+    with pytest.raises(SystemExit) as ended:
+        tool.run(sample.main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith(says)
 
 
 def test_samples_are_texts_with_the_prompt_and_the_same_for_a_seed(folder):
     args = ["sample", "--run=a", "--prompt=def f(x", "--tokens=9", "--samples=2"]
-    a, b = (run(folder, *args, f"--seed={seed}").stdout for seed in (0, 1))
-    assert a.count("def f(x") == 2 and a != b and "tokens/s" in run(folder, *args).stderr
+    a, b, again = (run(folder, *args, f"--seed={seed}") for seed in (0, 1, 0))
+    assert a.stdout.count("def f(x") == 2 and a.stdout == again.stdout != b.stdout
+    assert SPEED.fullmatch(a.stderr) and a.stderr.startswith("18 tokens"), a.stderr
     greedy = run(folder, *args, "--top_k=1").stdout.rstrip("\n").split("\n" + "-" * 100 + "\n")
     assert len(greedy) == 2 and greedy[0] == greedy[1]
 
@@ -44,8 +138,17 @@ def test_samples_are_texts_with_the_prompt_and_the_same_for_a_seed(folder):
         (["eval"], "no such run"),
         (["sample", "--run=a", "--promt=x"], "did you mean 'prompt'"),
         (["sample", "--run=a", "--tokens=many"], "expected int"),
-        (["sample", "--run=a", "--tokens=999999"], "windows"),
+        (["sample", "--run=a", "--tokens=0"], "--tokens=0: expected int above 0"),
+        (["sample", "--run=a", "--end=perhaps"], "--end=perhaps: expected true or false"),
+        (
+            ["sample", "--run=a", "--prompt=def f(x", "--tokens=99999"],
+            "--prompt has 7 tokens and --tokens=99999: 3071 fit together",
+        ),
+        (["sample", "--run=a", "--device=abacus"], "no such device for JAX"),
         (["eval", "--run=a", "--hellaswag=nothing.jsonl"], "--hellaswag=nothing.jsonl"),
+        (["plot", "b"], "b: no such run; there are: a"),
+        (["plot", "a", "--uot=b.svg"], "did you mean 'out'"),
+        (["plot", "--out=not/there.svg"], "not/there.svg"),
     ],
 )
 def test_refused_in_one_line(folder, args, says):
@@ -57,8 +160,6 @@ def test_refused_in_one_line(folder, args, says):
 def test_hellaswag_of_a_model_whose_answers_are_known(tmp_path, monkeypatch):
     """A head that always says the same letter: the ending with the most of it wins."""
     import eval as tool
-
-    from sample import saved  # noqa: F401  the module is importable without starting anything
 
     keys = dict(word[2:].split("=") for word in TINY if "run" not in word)
     c = train_gpt.Config(**keys)
@@ -83,3 +184,80 @@ def test_hellaswag_of_a_model_whose_answers_are_known(tmp_path, monkeypatch):
     assert best.tolist() == [1, 0, 3]
     assert sum(int(a) == int(i["label"]) for a, i in zip(best, read)) == 2
     assert data_fineweb.encode(b"z", c.vocab)[0] == ord("z")
+
+
+GOOD = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": "3"}
+
+
+@pytest.mark.parametrize(
+    "items, says",
+    [
+        ([], "no items"),
+        ([GOOD, GOOD | {"endings": ["b", "c", "d"]}], "item 2: no ctx with 4 endings"),
+        ([GOOD | {"endings": [*"bcdef"]}], "item 1"),
+        ([GOOD | {"endings": "bcde"}], "item 1"),
+        ([GOOD | {"endings": ["b", "c", "d", 4]}], "item 1"),
+        ([GOOD | {"ctx": None}], "item 1"),
+        ([GOOD | {"label": ""}], "a label of 0 to 3"),  # as in the test split
+        ([GOOD | {"label": 4}], "item 1"),
+        ([GOOD | {"label": -1}], "item 1"),
+        ([GOOD | {"label": None}], "item 1"),
+        ([{"ctx": "a", "endings": [*"bcde"]}], "label"),
+        ([7], "not HellaSwag"),
+    ],
+)
+def test_what_is_not_hellaswag_is_refused(tmp_path, items, says):
+    import eval as tool
+
+    path = tmp_path / "h.jsonl"
+    path.write_text("\n".join(json.dumps(item) for item in items))
+    with pytest.raises(sharding.InputError, match=says) as error:
+        tool.questions(str(path))
+    assert str(error.value).startswith(f"--hellaswag={path}: ")
+
+
+def written(run, *lines):
+    """A run's metrics.csv, with these lines behind the header."""
+    path = tool.Path("runs", run, "metrics.csv")
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join(["step,train_time_ms,name,value", *lines]))
+
+
+def test_a_plot_has_a_colour_and_a_name_for_every_run(folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    written("sweep/<b>", *(f"{i},{i},train_loss,{5 - i}" for i in (1, 2)), "2,2,val_loss,nan")
+    written("just-begun", "0,0,val_loss,5.5")
+    plot.main([])
+    assert capsys.readouterr().out == "plot: runs/plot.svg: a, sweep/<b>\n"
+    root = xml.fromstring(tool.Path("runs/plot.svg").read_text())
+    said = {node.text: node.get("fill") for node in root.iter() if node.tag.endswith("text")}
+    drawn = [node.get("stroke") for node in root.iter() if node.tag.endswith("path")]
+    assert {"a", "sweep/<b>"} < {*said} and said["a"] != said["sweep/<b>"]
+    for name in ("a", "sweep/<b>"):  # a line of training, dots of validation
+        assert drawn.count(said[name]) == 2
+    assert "target (dashes)" not in said  # that one has no config
+    plot.main(["a", "a", "--out=a.svg"])
+    assert capsys.readouterr().out == "plot: a.svg: a\n"
+    assert "target (dashes)" in tool.Path("a.svg").read_text()
+
+
+def test_runs_that_cannot_be_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused = lambda *args: pytest.raises(sharding.InputError, match=args[0])
+    with refused("no run under runs/ has a loss yet"):
+        plot.main([])
+    with refused("there are: none yet"):
+        plot.main(["a"])
+    written("a", "0,0,val_loss,5.5")
+    with refused("a: no step has a loss yet"):
+        plot.main(["a"])
+    written("b", "1,1,train_loss,5.5", "2,2,tra")
+    with refused("runs/b/metrics.csv is damaged"):
+        plot.main(["b"])
+    assert not tool.Path("runs/plot.svg").exists()
+
+
+def test_colours_of_runs_differ():
+    for n in (1, 2, 3, 8, 20):
+        assert len(set(curves.colours(n))) == n
