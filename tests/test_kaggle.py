@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,6 +112,62 @@ def test_shards_are_found_attached_or_here(ran, tmp_path, capsys):
         said = capsys.readouterr().out
         assert "5 shards in" in said if found else said.count(": 9 tokens") == 6
     assert scope["keys"]["steps"] == 2 and scope["keys"]["save_every"] == "1"
+
+
+def settled(folder, **settings):
+    """What the names of the settings are, in a folder of its own, and the cells by their names."""
+    for name in ("working", "input"):
+        (folder / name).mkdir(exist_ok=True)
+    cells = {cell["id"]: "".join(cell["source"]) for cell in NOTEBOOK["cells"]}
+    scope = {}
+    exec(cells["settings"], scope)
+    scope |= {"WORK": f"{folder}/working", "INPUT": f"{folder}/input"} | settings
+    return cells, scope
+
+
+def test_an_address_that_nobody_set_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cells, scope = settled(tmp_path)
+    for name in ("JAX_COMPILATION_CACHE_DIR", "GIT_TERMINAL_PROMPT"):  # which the cell changes
+        monkeypatch.setenv(name, "")
+    with pytest.raises(ValueError, match="set REPO in the settings above") as error:
+        exec(cells["code"], scope)
+    assert "\n" not in str(error.value) and not (tmp_path / "working/nanogpt-speedrun").exists()
+
+
+@pytest.mark.parametrize("said", ["0.9.2\nTPU v5 lite\n", ""])
+def test_an_old_jax_ends_the_cell_and_says_how_to_get_another(tmp_path, monkeypatch, capsys, said):
+    monkeypatch.chdir(ROOT)  # with the code in it
+    cells, scope = settled(tmp_path)
+    for name in ("JAX_COMPILATION_CACHE_DIR", "GIT_TERMINAL_PROMPT"):
+        monkeypatch.setenv(name, "")
+    ran = SimpleNamespace(stdout=said, stderr="ModuleNotFoundError: no jax")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **more: ran)
+    with pytest.raises(RuntimeError, match="set UPGRADE_JAX = True") as error:
+        exec(cells["code"], scope)
+    assert f"here is {said[:5] or 'none'}:" in str(error.value)
+    assert capsys.readouterr().out.startswith(f"code: {ROOT}\nJAX {said[:5] or 'is not here'}: ")
+
+
+@pytest.mark.parametrize("runs", [[], ["a"], ["a-here"], ["a", "a-here"]])
+def test_the_runs_that_are_there_are_drawn(tmp_path, monkeypatch, runs):
+    """By a stand-in for matplotlib, which is not among what the project needs."""
+    drawn, titles = [], []
+    plot = SimpleNamespace(legend=lambda: None, set=lambda **more: titles.append(more["title"]))
+    plot.plot = lambda x, y, style, label: drawn.append((x, y, label))
+    stub, package = ModuleType("matplotlib.pyplot"), ModuleType("matplotlib")
+    stub.subplots, stub.show = lambda *args, **more: (None, [[plot] * 2]), lambda: None
+    package.pyplot = stub
+    monkeypatch.setitem(sys.modules, "matplotlib", package)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", stub)
+    cells, scope = settled(tmp_path, RUN="a", Path=Path)
+    for run in runs:
+        folder = tmp_path / "working/runs" / run
+        folder.mkdir(parents=True)
+        rows = ["step,train_time_ms,name,value", "1,9,train_loss,5.5", "2,9,train_loss,4.5"]
+        (folder / "metrics.csv").write_text("\n".join(rows))
+    exec(cells["plot"], scope)
+    assert titles == runs and drawn == [((1, 2), (5.5, 4.5), "train_loss")] * len(runs)
 
 
 def test_the_file_is_valid():
