@@ -6,11 +6,11 @@ import re
 import subprocess
 import xml.etree.ElementTree as xml
 
-import bench_torch
 import jax
 import pytest
 
 import bench
+import bench_torch
 import train_gpt
 
 TINY = (

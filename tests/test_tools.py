@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
-import plot
 import pytest
 import tiktoken
 
 import commands
 import curves
 import data_fineweb
+import plot
 import sample
 import sharding
 import tool
