@@ -80,9 +80,11 @@ def launched(folder, word, number):
 
 
 def rank(pid: str) -> str:
-    env = open(f"/proc/{pid}/environ").read()
-    found = re.search(r"(?:^|\0)RANK=(\d+)", env)
-    python = "train_gpt.py" in open(f"/proc/{pid}/cmdline").read()
+    try:
+        env, line = (open(f"/proc/{pid}/{name}").read() for name in ("environ", "cmdline"))
+    except OSError:  # it has ended since, as launch's `sleep` does
+        return ""
+    found, python = re.search(r"(?:^|\0)RANK=(\d+)", env), "train_gpt.py" in line
     return found[1] if found and python else ""
 
 

@@ -331,8 +331,8 @@ exit $status
 
 
 UNSEEN = f"""
-import runpy, shutil, sys, types
-shutil.disk_usage = lambda path: types.SimpleNamespace(free=10**15)
+import os, runpy, sys, types
+os.statvfs = lambda path: types.SimpleNamespace(f_bavail=10**12, f_frsize=1000)
 sys.path.insert(0, "{ROOT}")
 runpy.run_path("{ROOT}/train_gpt.py", run_name="__main__")
 """
