@@ -217,15 +217,14 @@ def features(w, tokens_BT, c, view):
     banks = ("qkv", "out", "attn_gate", "value_gate", "up", "down", "qkv_scale", "out_scale")
     each = {name: iter(lax.split(w[name], (1,) * len(w[name]))) for name in banks}
     take = lambda *names: {name: next(each[name])[0] for name in names}
-    look = partial(sharding.lookup, dtype=w["head"].dtype)
-    x = look(w["embed"], tokens_BT)
-    bigram = look(w["bigram"], bigram_hash(tokens_BT, c.bigram_rows))
-    values = (look(w[f"value{i}"], tokens_BT) for i in range(len(w["value_gate"])))
+    get = partial(sharding.lookup, dtype=w["head"].dtype)
+    x, bigram = get(w["embed"], tokens_BT), get(w["bigram"], bigram_hash(tokens_BT, c.bigram_rows))
+    values = (get(w[f"value{i}"], tokens_BT) for i in range(len(w["value_gate"])))
     gate = jax.nn.sigmoid(x[..., :G] @ w["smear_gate"].T).at[:, 0].set(0)
     x = x0 = norm(mix((1, x), (w["smear"] * gate, shift(x))))
     x = mix((1, x), (w["bigram_inject"][0], bigram))
     kept = {"s": x}  # by letter, what the last layer with it gave
-    again = jax.checkpoint if view.small and tokens_BT.size > 2**15 else partial
+    again = jax.checkpoint if view.small and tokens_BT.size > 2**14 else partial
     for i, kind in enumerate(c.layers.split(",")):
         scales, layer = take("qkv_scale", "out_scale"), take("up", "down")
         if "k" in kind:
@@ -241,7 +240,8 @@ def features(w, tokens_BT, c, view):
         h = jnp.square(jax.nn.relu(mix((root(x), x @ layer["up"].T))))  # ReLU^2, arXiv:2109.08668
         x = mix((w["resid"][i, 1], x), (1, h @ (w["post"][i, 1] * layer["down"]).astype(h.dtype)))
         kept |= dict.fromkeys(kind, x)
-    return norm(mix((1, x), (-w["backout"], kept["b"])) if "b" in kept else x)
+    x = mix((1, x), (-w["backout"], kept["b"])) if "b" in kept else x
+    return lax.optimization_barrier(norm(x))  # else a v5e adds all layers up once more
 
 
 # The logits are 23 sigmoid((x + 5) / 7.5) (records 18, 54) = 11.5 + 11.5 cap(x).
