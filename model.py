@@ -246,10 +246,10 @@ def features(w, tokens_BT, c, view):
 
 # The logits are 23 sigmoid((x + 5) / 7.5) (records 18, 54) = 11.5 + 11.5 cap(x).
 cap = lambda x: jnp.tanh((x.astype(jnp.float32) + 5) / 15)
-fp8 = lambda x: x.clip(-448, 448).astype(jnp.float8_e4m3fn)  # it has NaN for what is larger
+e4m3 = lambda x: x.clip(-448, 448).astype(jnp.float8_e4m3fn)  # record 19; what is larger is NaN
 
 
-def with_grads(x, head, m, small):
+def with_grads(x, head, m, fp8):
     """Sum of m log sum exp 11.5 cap(logits), x (B, T, D), head (V, D) float32, m (B, T, 1); and its
     gradients by x and head, so that the logits, GBs if not in chunks, are made but once."""
     n = math.gcd(x.shape[1], 1 << (2**27 // (len(x) * len(head))).bit_length())
@@ -258,7 +258,7 @@ def with_grads(x, head, m, small):
 
     def chunk(sums, args):
         (total, dhead), (x, m) = sums, args  # x (B, n, D), m (B, n, 1)
-        z = cap(dot(fp8(4 * x), fp8(256 * w)) / 1024 if small else dot(x, w))
+        z = cap(dot(e4m3(4 * x), e4m3(256 * w)) / 1024 if fp8 else dot(x, w))
         p = jnp.exp(11.5 * z)
         norms = p.sum(-1, keepdims=True)
         # The softmax's norms come in behind, so that one pass makes both; the barrier keeps it one.
@@ -276,13 +276,13 @@ log_norms = jax.custom_vjp(lambda *args: with_grads(*args)[0], nondiff_argnums=(
 log_norms.defvjp(with_grads, lambda _, grads, t: (*((t * g).astype(g.dtype) for g in grads), None))
 
 
-def loss(w, rows, c, view, mtp, small=False):
+def loss(w, rows, c, view, mtp, fp8=False):
     """Cross entropy of the next tokens by weights mtp (record 53), summed over rows (B, T + 1)."""
     # Targets beyond the row are dropped; those in the next document count, as in the record.
     tokens, T = rows.astype(jnp.int32), rows.shape[1] - 1
     x, head = features(w, tokens[:, :-1], c, view), w["head"].astype(jnp.float32)
     m = [weight * (jnp.arange(T) < T - k)[:, None] for k, weight in enumerate(mtp)]
-    total = log_norms(x, head, jnp.broadcast_to(sum(m), (*x.shape[:2], 1)), small)
+    total = log_norms(x, head, jnp.broadcast_to(sum(m), (*x.shape[:2], 1)), fp8)
     for k in range(len(mtp)):  # the head's gradient is added up in float32, here and there
         said = head[jnp.roll(tokens, -1 - k, 1)[:, :-1]].astype(x.dtype)
         logit = jnp.einsum("btd,btd->bt", x, said, preferred_element_type=jnp.float32)

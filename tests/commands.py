@@ -1,6 +1,5 @@
 """Runs a command line of the project in a folder, as a user would; shared by tests."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TINY = "--preset=smoke --width=32 --heads=2 --bigram_rows=64 --val_tokens=8192".split()
 TINY += ["--val_row_tokens=1024"]
-os.environ.pop("PYTHONUNBUFFERED", None)  # it would hide a line that is lost without a flush
 
 
 def run(folder, *args):

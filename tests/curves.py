@@ -45,23 +45,19 @@ def picture(curves: list[dict], target: float | None, names: list[str] = ()) -> 
     texts += [(at(0, y), f"{y:.4g}", 'dx="-20" dy="4"') for y in ticks(low, high)]
     kinds = [(w, "black" if names else c) for w, c in LEGEND[: 2 + (target is not None)]]
     texts += [(f"{480 + 120 * i},14", w, f'fill="{c}"') for i, (w, c) in enumerate(kinds)]
-    own = colours(len(names))
-    for i, (name, colour) in enumerate(zip(names, own)):
+    own = [(colour, colour) for colour in colours(len(names))]  # of a run's line and dots
+    own = own or [(LEGEND[0][1], LEGEND[1][1])] * len(curves)
+    for i, (name, (colour, _)) in enumerate(zip(names, own)):
         place = f"{160 + 260 * (i % 3)},{460 + 20 * (i // 3)}"
         texts.append((place, escape(name), f'fill="{colour}" font-weight="bold"'))
     words = [f'<g transform="translate({p})"><text {more}>{w}</text></g>' for p, w, more in texts]
-    lines, dots = [], []
-    for train, val in zip(*each.values()):
-        lines.append("M" + " ".join(at(*point) for point in train) if train else "")
-        dots.append("".join(f"M{at(x, y)}h0" for x, y in val if low < y < high))
     path = lambda d, colour, more: f'<path stroke="{colour}" {more} d="{d}"/>'
     thin, thick = 'stroke-opacity="0.6"', 'stroke-width="6" stroke-linecap="round"'
-    if names:
-        lines = [path(d, colour, thin) for d, colour in zip(lines, own)]
-        dots = [path(d, colour, thick) for d, colour in zip(dots, own)]
-    else:
-        lines = [path("".join(lines), LEGEND[0][1], thin)]
-        dots = [path("".join(dots), LEGEND[1][1], thick)]
+    lines, dots = [], []
+    for train, val, (line, dot) in zip(*each.values(), own):
+        d = "M" + " ".join(at(*point) for point in train) if train else ""
+        lines.append(path(d, line, thin))
+        dots.append(path("".join(f"M{at(x, y)}h0" for x, y in val if low < y < high), dot, thick))
     if target is not None:
         lines.append(path(f"M{at(0, target)}h720", LEGEND[2][1], 'stroke-dasharray="6"'))
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 {tall}">
