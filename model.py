@@ -87,11 +87,10 @@ shift = lambda x: jnp.pad(x[..., :-1, :], [(0, 0)] * (x.ndim - 2) + [(1, 0), (0,
 
 def rotary(x, theta, row):
     """Turns the halves of heads (B, H, T, K) by theta (P, T, K/2), head h by theta[row[h]]."""
-    # They change places in a product, as TPUs are slow at moving columns; bf16 as in the record.
     swap = np.roll(np.eye(x.shape[-1], dtype=x.dtype), x.shape[-1] // 2, 0)
     cos, sin = jnp.tile(jnp.cos(theta), 2), jnp.concatenate([jnp.sin(theta), -jnp.sin(theta)], -1)
     cos, sin = (jnp.stack([table.astype(x.dtype)[i] for i in row]) for table in (cos, sin))
-    return x * cos + (x @ swap) * sin
+    return x * cos + (x @ swap) * sin  # in bf16 as the record; TPUs are slow at moving columns
 
 
 def bigram_hash(tokens_BT, R: int):

@@ -37,8 +37,7 @@ def normalize_rows(x, second, beta2: float = 0.95):
 
 def normuon(rows: dict, rate: Schedule, momentum: Schedule, dtype, split=lambda f, *x: f(*x)):
     """NorMuon with cautious decay (records 41, 43); `split` applies f to stacks of matrices."""
-    sizes = lambda params: {name: z[..., :1] for name, z in zeros(rows, params).items()}
-    init = lambda params: {"momentum": zeros(rows, params), "second": sizes(params)}
+    init = lambda p: {"momentum": zeros(rows, p), "second": {n: 0 * p[n][..., :1] for n in rows}}
 
     def update(grads, state, params, *, step):
         lr, m, updates, average, second = rate(step), momentum(step), {}, {}, {}
