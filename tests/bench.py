@@ -69,8 +69,8 @@ def compiled_of(keys, stage):  # -> program, mesh, rows, compiled gradients and 
     rows = sharding.global_rows(mesh, tokens.shape, tokens.__getitem__)
     began = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:  # as training does
-        update = pool.submit(lambda: p.update.lower(p.like, p.like["params"]).compile(p.fast))
-        gradients = p.gradients.lower(p.like["params"], rows, first, stage).compile(p.fast)
+        update = pool.submit(lambda: p.update.lower(p.like, p.like["params"]).compile())
+        gradients = p.gradients.lower(p.like["params"], rows, first, stage).compile()
         return p, mesh, rows, (gradients, update.result()), time.perf_counter() - began
 
 

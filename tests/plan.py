@@ -79,11 +79,11 @@ def programs(c, p, mesh) -> dict:
     return jobs
 
 
-def measure(name: str, lower, chip: Chip, options) -> tuple[dict, Counter]:
+def measure(name: str, lower, chip: Chip) -> tuple[dict, Counter]:
     """Compiles a program: its row of the table, without what is resident, and its cycles."""
     began, row, cycles = time.perf_counter(), {"program": name, "peak": inf}, Counter()
     try:
-        done = lower().compile(options)
+        done = lower().compile()
         sizes = done.memory_analysis()
         for part in ("argument", "output", "alias", "temp", "generated_code"):
             row[part] = getattr(sizes, f"{part}_size_in_bytes") / 2**30
@@ -170,8 +170,7 @@ def main(argv: list[str]) -> int:
         train_gpt.choose("--only", word, jobs | {"val": 0})
     names = [n for n in jobs if not only or {n, re.sub(r"(?<=l)\d+", "", n)} & {*only.split(",")}]
     with ThreadPoolExecutor(2) as pool:  # more would need much memory
-        each = pool.map(lambda name: measure(name, jobs[name], chip, p.fast), names)
-        done = dict(zip(names, each))
+        done = dict(zip(names, pool.map(lambda name: measure(name, jobs[name], chip), names)))
     rows = {name: row for name, (row, _) in done.items()}
     finish(c, p, rows)
     print(table(list(rows.values())), LEGEND, sep="\n")
