@@ -7,7 +7,6 @@ import difflib
 import json
 import os
 import re
-import signal
 import sys
 import tempfile
 import time
@@ -16,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from signal import SIG_DFL, SIGINT, SIGTERM, raise_signal, signal
 from types import SimpleNamespace
 
 import jax
@@ -257,7 +257,7 @@ def opened(c: Config, run: Path):
         except Exception as error:  # whatever it is that the library stumbles over
             print(f"warning: checkpoint {step} cannot be read, passed over: {error!s:.200}")
     if manager.all_steps():
-        raise InputError(f"{run}: no checkpoint can be read: choose another --run")
+        raise InputError(f"{run}: no checkpoint can be read (why is above): choose another --run")
     return mesh, p, manager, None, {"step": 0, "train_time": 0.0, "log": 0, "csv": 0}
 
 
@@ -363,8 +363,8 @@ def main(argv: list[str]):
         keys["preset"] = "speedrun" if accelerator() else "smoke"
         print(f"preset {keys['preset']}, as this machine has {accelerator() or 'no GPU or TPU'}")
     c, heard = Config(**keys), []  # the second signal stops at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: heard.append(signal.signal(n, signal.SIG_DFL)))
+    signal(SIGTERM, lambda n, _: heard.append(signal(n, SIG_DFL)))
+    signal(SIGINT, lambda n, _: signal(n, SIG_DFL) and raise_signal(SIGTERM))
     # If one of several processes gets SIGTERM, this says so in all at the same step.
     stop = lambda step: ocp.multihost.reached_preemption(step) or heard and jax.process_count() == 1
     run = train(c, stop).run_dir
