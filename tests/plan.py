@@ -49,7 +49,7 @@ def slice_of(topology: str) -> tuple[list, Chip]:
     """The devices of a slice such as v5e:2x4. Raises InputError."""
     library, (kind, _, shape) = os.environ.get("TPU_LIBRARY_PATH"), topology.partition(":")
     if not (Path(library).exists() if library else importlib.util.find_spec("libtpu")):
-        raise InputError('no TPU compiler in this Python: pip install "libtpu==0.0.42.*"')
+        raise InputError(f'no TPU compiler: {sys.executable} -m pip install "jax[tpu]"')
     quiet = {"TPU_ACCELERATOR_TYPE": "v6e-8", "TPU_WORKER_HOSTNAMES": "localhost"}  # any will do
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"} | quiet
     try:

@@ -136,7 +136,7 @@ def test_what_the_user_can_mend_is_one_line(monkeypatch):
     script = [sys.executable, Path(plan.__file__), "--topology=v5e:2x4"]
     env = os.environ | {"TPU_LIBRARY_PATH": "/not/there"}
     done = subprocess.run([*script], env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and 'pip install "libtpu' in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and 'pip install "jax[tpu]"' in done.stderr.splitlines()[-1]
     monkeypatch.setenv("TPU_LIBRARY_PATH", __file__)  # anything: it is not opened
     for argv, what in (["--topology=v9:2x4"], "v9:2x4"), (["--widht=3"], "width"):
         with pytest.raises(InputError, match=what):
