@@ -126,6 +126,8 @@ def test_last_line():
     rows = {"0": {"peak": 9.1, "cycles/token": 512}, "update": {"peak": 3.0}}
     line = "peak 9.1 of 32.0 GiB per chip, 512 cycles/token, 116 s to the last step (predicted)"
     assert plan.verdict(c, "v6e:2x4", chip, rows) == f"plan: speedrun on v6e:2x4 fits: {line}"
+    none = plan.verdict(c, "v6e:2x4", chip, {"update": {"peak": 3.0}}, "update")
+    assert none.endswith("fits: peak 3.0 of 32.0 GiB per chip (predicted from update alone)")
     rows["update"]["peak"] = 31.5
     assert plan.verdict(c, "v6e:2x4", chip, rows).startswith(
         "plan: speedrun on v6e:2x4 does not fit: peak 31.5 of 32.0 GiB per chip, 512 cycles"
