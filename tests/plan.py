@@ -133,13 +133,14 @@ def verdict(c, topology: str, chip: Chip, rows: dict, only: str = "") -> str:
     tokens = [(end - start) * stage.tokens for start, end, stage in c.schedule()]
     seen = [(n, rows.get(str(i), {}).get("cycles/token", nan)) for i, n in enumerate(tokens)]
     seen = [(n, each) for n, each in seen if not isnan(each)]
-    each = sum(n * each for n, each in seen) / sum(n for n, _ in seen) if seen else nan
-    peak = max(row["peak"] for row in rows.values())
-    seconds = each * sum(tokens) / chip.ghz / 1e9
-    last = f", {each:.0f} cycles/token, {seconds:.0f} s to the last step"
+    peak, last = max(row["peak"] for row in rows.values()), ""
+    if seen:
+        each = sum(n * each for n, each in seen) / sum(n for n, _ in seen)
+        seconds = each * sum(tokens) / chip.ghz / 1e9
+        last = f", {each:.0f} cycles/token, {seconds:.0f} s to the last step"
     return (
         f"plan: {c.preset} on {topology} {'fits' if peak <= chip.usable else 'does not fit'}: peak"
-        f" {peak:.1f} of {chip.hbm:.1f} GiB per chip{last if seen else ''}"
+        f" {peak:.1f} of {chip.hbm:.1f} GiB per chip{last}"
         f" (predicted{f' from {only} alone' if only else ''})"
     )
 

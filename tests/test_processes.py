@@ -105,7 +105,7 @@ def one(tmp_path_factory):
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped")
-    return folder, *launched(folder, "step:3/20", signal.SIGINT)  # SIGTERM to itself
+    return folder, *launched(folder, "step:3/20", signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +123,19 @@ def two(killed):
     return folder, *by_hand(folder, *({"RANK": n, "LOCAL_RANK": n} | world for n in "01"))
 
 
-def test_a_signal_to_one_saves_in_all_at_the_same_step(stopped):
-    folder, status, said = stopped
+def saved_in_all(folder, status, said):
     assert status == 75, said
     (step,) = {int(step) for step in re.findall(r"stopped after step (\d+), saved", said)}
     assert 3 <= step < 20
     assert str(step) in os.listdir(folder / "runs/a/checkpoints")
+
+
+def test_sigterm_to_one_saves_in_all_at_the_same_step(stopped):
+    saved_in_all(*stopped)
+
+
+def test_ctrl_c_in_one_does_so_too(tmp_path):
+    saved_in_all(tmp_path, *launched(tmp_path, "step:3/20", signal.SIGINT))
 
 
 def test_sigkill_of_one_ends_all_and_is_said_last(killed):

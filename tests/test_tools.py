@@ -76,7 +76,8 @@ def test_what_fails_after_a_training_is_a_warning(folder, tmp_path, end):
         if path.is_file():
             path.write_bytes(b"")
     done = run(tmp_path, "sample", "--run=a", *end)
-    says = "warning: no sample: " * bool(end) + "runs/a: no checkpoint can be read (why is above)"
+    why = "runs/a: no checkpoint can be read (why is above): choose"
+    says = "warning: no sample: " * bool(end) + why
     *orbax, line = done.stderr.splitlines()
     assert done.returncode == (0 if end else 2) and line.startswith(says), done.stderr
     assert all("absl" in line for line in orbax), orbax
