@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from commands import ROOT, TINY, run
+from commands import PYTHON, TINY, run
 
 LONG = [*TINY, "--steps=150", "--val_every=7", "--save_every=5", "--run=a"]
 MOMENTS = ("at a random moment", "in a save", "before a validation's line")
@@ -43,7 +43,6 @@ def same(a, b) -> bool:
 def killed_once(folder, args, moment: str, random) -> int | None:
     """Starts the run and kills it at such a moment. -> its exit status if it ended before that."""
     there, count = Path(folder) / "runs/a", int(random.integers(1, 6))
-    command = [sys.executable, ROOT / "train_gpt.py", *args]
 
     def saving():  # by inode: what a kill left in the middle of a save is still there
         folder = there / "checkpoints"
@@ -52,6 +51,7 @@ def killed_once(folder, args, moment: str, random) -> int | None:
 
     old, log = saving(), there / "log.txt"
     began, wait, seen, said = None, random.uniform(0, 4), set(), Path(folder) / "said"
+    command = [*PYTHON, *args]
     with said.open("w") as out, subprocess.Popen(command, cwd=folder, stdout=out, stderr=out) as p:
         while p.poll() is None:
             if moment == MOMENTS[1]:  # of the count-th save after this start

@@ -20,9 +20,9 @@ import sample
 import sharding
 import tool
 import train_gpt
-from commands import run
+from commands import run, run_all
 
-TINY = [*commands.TINY, "--layers=vls,k,b", "--steps=4", "--val_every=2", "--run=a"]
+TINY = [*commands.TINY, "--steps=4", "--val_every=2", "--run=a"]
 
 
 SPEED = re.compile(r"\d+ tokens in \d+\.\d\d s, \d+ tokens/s without compiling\n")
@@ -60,11 +60,11 @@ def test_eval_says_the_loss_of_the_log_and_the_accuracy_on_hellaswag(folder, tmp
 
 def test_a_training_ends_with_a_sample(unfinished):
     """Of a run with a slash in its name, that goes on with 1 device where it had 4."""
-    done = run(unfinished, *TINY, "--save_every=3", "--run=sweep/a")
+    done = run_all(unfinished, *TINY, "--save_every=3", "--run=sweep/a")
     assert done.returncode == 0 and "step:3/4" not in done.stdout, done.stderr
     text = done.stdout.partition("step:4/4 val_loss")[2].partition("\n")[2]
     assert len(text) > 9 and SPEED.fullmatch(done.stderr), done
-    again = run(unfinished, *TINY, "--save_every=3", "--run=sweep/a")
+    again = run_all(unfinished, *TINY, "--save_every=3", "--run=sweep/a")
     assert again.returncode == 0 and SPEED.fullmatch(again.stderr), again
 
 
@@ -75,7 +75,7 @@ def test_what_fails_after_a_training_is_a_warning(folder, tmp_path, end):
     for path in (tmp_path / "runs/a/checkpoints").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    done = run(tmp_path, "sample", "--run=a", *end)
+    done = run_all(tmp_path, "sample", "--run=a", *end)
     why = "runs/a: no checkpoint can be read (why is above): choose"
     says = "warning: no sample: " * bool(end) + why
     *orbax, line = done.stderr.splitlines()

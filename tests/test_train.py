@@ -6,17 +6,17 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 
 import train_gpt
-from commands import ROOT, TINY, run
+from commands import CODE, PYTHON, ROOT, TINY, run, run_all
 from kill import same, values
 
 KEYS = dict(arg[2:].split("=") for arg in TINY)
+ARGS = [*TINY, "--steps=12", "--val_every=5", "--save_every=5", "--run=a"]
 ON_CPU = pytest.mark.skipif(bool(train_gpt.accelerator()), reason="there is such a device")
 LINE = re.compile(
     r"^step:\d+/\d+ (val|train)_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$"
@@ -26,7 +26,7 @@ LINE = re.compile(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    done = run(folder, *TINY, "--steps=12", "--val_every=5", "--save_every=5", "--run=a")
+    done = run_all(folder, *ARGS)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -90,7 +90,7 @@ def test_tensorboard_reads_back(finished):
 
 def test_a_finished_run_says_its_last_line_again(finished):
     folder, _ = finished
-    again = run(folder, *TINY, "--steps=12", "--val_every=5", "--save_every=5", "--run=a")
+    again = run(folder, *ARGS)
     last = [x for x in (folder / "runs/a/log.txt").read_text().splitlines() if "12/12 val" in x]
     assert again.returncode == 0 and last[0] in again.stdout
 
@@ -104,15 +104,12 @@ def test_another_config_is_refused(finished):
 
 def test_goes_on_where_a_killed_run_was_saved(finished, tmp_path):
     """Killed after the checkpoint of step 5: the same losses to the last digit, no line twice."""
-    args = [*TINY, "--steps=12", "--val_every=5", "--save_every=5", "--run=a"]
     log = tmp_path / "runs/a/log.txt"
-    with subprocess.Popen(
-        [sys.executable, ROOT / "train_gpt.py", *args], cwd=tmp_path, stdout=-3
-    ) as p:
+    with subprocess.Popen([*PYTHON, *ARGS], cwd=tmp_path, stdout=-3) as p:
         while not (log.exists() and "step:8/12" in log.read_text()):
             assert p.poll() is None
         p.kill()
-    assert run(tmp_path, *args).returncode == 0
+    assert run(tmp_path, *ARGS).returncode == 0
     assert same(tmp_path, finished[0])
     steps = [
         x.split(" train_time")[0] for x in log.read_text().splitlines() if x.startswith("step:")
@@ -179,12 +176,8 @@ def test_values_and_their_texts_are_the_same_config():
     assert c == train_gpt.Config(**vars(c)) and type(c.seed) is int and c.fp8 is True
 
 
-ARGS = [*TINY, "--steps=12", "--val_every=5", "--save_every=5", "--run=a"]
-
-
 def start(folder, *args):
-    command = [sys.executable, ROOT / "train_gpt.py", *args]
-    return subprocess.Popen(command, cwd=folder, stdout=-1, stderr=-1, text=True)
+    return subprocess.Popen([*PYTHON, *args], cwd=folder, stdout=-1, stderr=-1, text=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -207,7 +200,7 @@ def test_killed_at_any_moment(finished, tmp_path):
     while done and kills < 8:
         with start(tmp_path, *ARGS) as p:
             try:
-                p.wait(random.uniform(3, 14))
+                p.wait(random.uniform(1, 8))
             except subprocess.TimeoutExpired:
                 p.kill()
                 kills += 1
@@ -282,7 +275,7 @@ def test_goes_on_with_another_mesh(request, tmp_path, saved_by, devices, mesh):
 def test_resume_false_starts_over_under_another_name(finished, tmp_path):
     copied(finished, tmp_path)
     before = (tmp_path / "runs/a/log.txt").read_bytes()
-    again = run(tmp_path, *TINY, "--steps=2", "--run=a", "--resume=false")
+    again = run(tmp_path, *ARGS, "--resume=false")
     logs = list((tmp_path / "runs").glob("a-*/log.txt"))  # with the time in its name
     assert again.returncode == 0 and len(logs) == 1, again.stderr
     assert (tmp_path / "runs/a/log.txt").read_bytes() == before
@@ -312,9 +305,9 @@ def test_a_run_is_done_when_its_last_state_is_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(manager, "save", lambda self, step, **more: saves.append(step))
     monkeypatch.setattr(manager, "wait_until_finished", fails)
     with pytest.raises(OSError, match="the last save fails"):
-        train_gpt.train(train_gpt.Config(**KEYS, steps=3, run="a", save_every=99, val_every=99))
+        train_gpt.train(train_gpt.Config(**KEYS, steps=12, run="a", save_every=99, val_every=99))
     log = (tmp_path / "runs/a/log.txt").read_text()
-    assert "step:3/3 train_loss" in log and "step:3/3 val_loss" not in log
+    assert "step:12/12 train_loss" in log and "step:12/12 val_loss" not in log
 
 
 FULL = """
@@ -330,26 +323,22 @@ exit $status
 """
 
 
-UNSEEN = f"""
-import os, runpy, sys, types
+UNSEEN = f"""import os, types
 os.statvfs = lambda path: types.SimpleNamespace(f_bavail=10**12, f_frsize=1000)
-sys.path.insert(0, "{ROOT}")
-runpy.run_path("{ROOT}/train_gpt.py", run_name="__main__")
-"""
+{CODE}"""
 
 
 @pytest.mark.parametrize(
     "size, says, had",
     [
-        ("3500k", "runs/a: disk", "3, 6"),
+        ("2800k", "runs/a: disk", "3, 6"),
         ("50k", "disk full, make room", ""),
         ("1200k", "disk full, make room", None),  # in the middle of a save
     ],
 )
 def test_a_full_disk(finished, tmp_path, size, says, had):
     """One line that names the place; what was saved is kept, and it goes on when there is room."""
-    command = [ROOT / "train_gpt.py"] if had is not None else ["-c", UNSEEN]
-    command = [sys.executable, *command, *ARGS, "--save_every=3"]
+    command = [*PYTHON[:2], CODE if had is not None else UNSEEN, *ARGS, "--save_every=3"]
     sh = ["unshare", "-rm", "bash", "-c", FULL, "bash", size, *command]
     (tmp_path / "disk").mkdir()
     env = os.environ | {"SAVED": str(tmp_path / "runs")}
