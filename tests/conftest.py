@@ -18,3 +18,14 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "allow")
+
+SLOW = ("test_meshes", "test_parity", "test_processes", "test_train")
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # workers take the files in this order:
+
+
+def pytest_collection_modifyitems(items):
+    """Those that take minutes first, so that no worker has one of them left at the end."""
+    items.sort(key=lambda item: item.path.stem not in SLOW)

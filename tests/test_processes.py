@@ -1,7 +1,7 @@
 """Several processes, real ones: they find each other, train as one does, stop and go on together.
 
-Each run is the next one's start, of one layer: compiling takes most of the time, and on a CPU JAX keeps
-what the first process has compiled alone.
+Each run is the next one's start, of one layer: compiling takes most of the time, and on a CPU JAX
+keeps for the next start what the first process has compiled, alone.
 """
 
 import os

@@ -16,7 +16,7 @@ import curves
 import record
 import train_gpt
 
-TINY = "--preset=smoke --steps=4 --layers=vls,k,b --width=32 --heads=2 --bigram_rows=64".split()
+TINY = "--preset=smoke --steps=4 --layers=pvl --width=32 --heads=2 --bigram_rows=64".split()
 TINY += ["--val_tokens=8192", "--val_row_tokens=1024", "--save_every=1"]
 STUB = """import sys, time
 from pathlib import Path

@@ -22,9 +22,7 @@ import tool
 import train_gpt
 from commands import run, run_all
 
-TINY = [*commands.TINY, "--steps=4", "--val_every=2", "--run=a"]
-
-
+TINY = [*commands.TINY, "--layers=pvl", "--steps=4", "--val_every=2", "--run=a"]
 SPEED = re.compile(r"\d+ tokens in \d+\.\d\d s, \d+ tokens/s without compiling\n")
 
 
