@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TINY = "--preset=smoke --width=32 --heads=2 --layers=pvs,k,bl --bigram_rows=64".split()
 TINY += ["--val_tokens=8192", "--val_row_tokens=1024"]
+ONE_LAYER = [*TINY, "--layers=pvl"]
 # The sample behind a training would take as long as such a training does.
 CODE = f"""import os, runpy, sys
 sys.path.insert(0, "{ROOT}")

@@ -18,10 +18,10 @@ import pytest
 
 import sharding
 import train_gpt
-from commands import ROOT, TINY, run
+from commands import ONE_LAYER, ROOT, run
 from kill import values
 
-ARGS = [*TINY, "--width=16", "--layers=pvl", "--steps=20", "--val_every=99", "--save_every=5"]
+ARGS = [*ONE_LAYER, "--width=16", "--steps=20", "--val_every=99", "--save_every=5"]
 ARGS += ["--run=a", "--device_rows=1"]
 
 

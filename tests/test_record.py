@@ -15,9 +15,9 @@ import scipy.stats
 import curves
 import record
 import train_gpt
+from commands import ONE_LAYER
 
-TINY = "--preset=smoke --steps=4 --layers=pvl --width=32 --heads=2 --bigram_rows=64".split()
-TINY += ["--val_tokens=8192", "--val_row_tokens=1024", "--save_every=1"]
+TINY = [*ONE_LAYER, "--steps=4", "--save_every=1"]
 STUB = """import sys, time
 from pathlib import Path
 keys = dict(arg[2:].split("=") for arg in sys.argv[2:])

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tiktoken
 
-import commands
 import curves
 import data_fineweb
 import plot
@@ -20,9 +19,9 @@ import sample
 import sharding
 import tool
 import train_gpt
-from commands import run, run_all
+from commands import ONE_LAYER, run, run_all
 
-TINY = [*commands.TINY, "--layers=pvl", "--steps=4", "--val_every=2", "--run=a"]
+TINY = [*ONE_LAYER, "--steps=4", "--val_every=2", "--run=a"]
 SPEED = re.compile(r"\d+ tokens in \d+\.\d\d s, \d+ tokens/s without compiling\n")
 
 

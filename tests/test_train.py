@@ -338,7 +338,8 @@ os.statvfs = lambda path: types.SimpleNamespace(f_bavail=10**12, f_frsize=1000)
 )
 def test_a_full_disk(finished, tmp_path, size, says, had):
     """One line that names the place; what was saved is kept, and it goes on when there is room."""
-    command = [*PYTHON[:2], CODE if had is not None else UNSEEN, *ARGS, "--save_every=3"]
+    python = PYTHON if had is not None else [*PYTHON[:2], UNSEEN]
+    command = [*python, *ARGS, "--save_every=3"]
     sh = ["unshare", "-rm", "bash", "-c", FULL, "bash", size, *command]
     (tmp_path / "disk").mkdir()
     env = os.environ | {"SAVED": str(tmp_path / "runs")}
