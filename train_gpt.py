@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, raise_signal, signal
@@ -63,12 +63,10 @@ keep=2 resume=true device=auto cpu_devices=1 float32=false fp8=false target=3.28
 rows=8 stages=speedrun layers=p,v,pv,ls,o,p,k,b,v,pv,lv width=768 heads=6 vocab=50304 bos=50256
 bigram_rows=251520 muon_lr=0.023 adam_lr=0.008 lr_fall=0.6 momentum_rise=0.2013423
 momentum_fall=0.033557047 val_tokens=10485760 val_row_tokens=262144 val_long=2560"""
-PRESETS = {
-    "speedrun": "",
-    "smoke": """data=stdlib device=cpu float32=true steps=460 val_every=460 device_rows=8 width=96
+SMOKE = """data=stdlib device=cpu float32=true steps=460 val_every=460 device_rows=8 width=96
 stages=smoke layers=pv,ls,k,b,lv heads=4 vocab=264 bos=256 bigram_rows=4096 muon_lr=0.08
-adam_lr=0.025 val_tokens=131072 val_row_tokens=8192 val_long=192""",
-}
+adam_lr=0.025 val_tokens=131072 val_row_tokens=8192 val_long=192"""
+PRESETS = {"speedrun": "", "smoke": SMOKE}
 # Turns that a device takes for its n rows, device_rows at once.
 turns = lambda c, n: next((k for k in range(1, n) if n % k == 0 and n // k <= c.device_rows), n)
 
@@ -212,8 +210,7 @@ class Journal:  # the console, log.txt, metrics.csv and TensorBoard of a run, of
         for file in [self.log] + [sys.stdout] * (show and self.first):
             print(line, file=file, flush=True)
 
-    def scalar(self, step: int, seconds: float, name: str, value: float, show: bool = True):
-        ms = 1000 * seconds
+    def scalar(self, step: int, ms: float, name: str, value: float, show: bool = True):
         if name.endswith("loss"):
             times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
             self.say(f"step:{step}/{self.c.steps} {name}:{value:.4f} {times}", show)
@@ -242,11 +239,11 @@ def start(c: Config):
         raise InputError(f"JAX sees the CPU alone and no {accelerator() or c.device}: {how}")
 
 
-def opened(c: Config, run: Path):
+def opened(c: Config, run: Path, clean: bool = False):  # of saves that were killed
     """Mesh, program, checkpoints of a run, and of the newest that can be read (state, meta)."""
-    mesh = sharding.make_mesh(c.mesh)
-    p, options = program(c, mesh), ocp.CheckpointManagerOptions(max_to_keep=c.keep)
-    manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
+    mesh, folder = sharding.make_mesh(c.mesh), (run / "checkpoints").absolute()
+    options = ocp.CheckpointManagerOptions(max_to_keep=c.keep, cleanup_tmp_directories=clean)
+    p, manager = program(c, mesh), ocp.CheckpointManager(folder, options=options)
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             state = manager.restore(step, args=ocp.args.StandardRestore(p.like))
@@ -288,7 +285,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
     stages = [schedule[c.stage(step)][2] for step in range(c.steps)]
     plan = data_fineweb.plan(corpus, [(s.tokens // c.rows, s.max_doc, c.rows) for s in stages])
     held_out = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
-    mesh, p, manager, state, meta = opened(c, run)
+    mesh, p, manager, state, meta = opened(c, run, clean=True)
     val = sharding.global_rows(mesh, held_out.shape, held_out.__getitem__)
     batch = lambda i: sharding.global_rows(mesh, (c.rows, stages[i].tokens // c.rows + 1), plan[i])
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
@@ -310,43 +307,44 @@ def train(c: Config, stop=lambda step: False) -> Result:
         jax.block_until_ready(compiled["train", i](state["params"], batch(schedule[i][0]), 0))
 
     def note(step, loss, norm):  # waits for the device
-        loss, norm, at = float(loss), float(norm), spent + time.perf_counter() - began
+        loss, norm, at = float(loss), float(norm), 1000 * (spent + time.perf_counter() - began)
         journal.scalar(step, at, "train_loss", loss, step < 6 or step % -(-c.steps // 25) == 0)
         journal.scalar(step, at, "grad_norm", norm)
         if not np.isfinite(loss + norm):
             raise InputError(f"step {step}: loss {loss}, gradient {norm}: {run} is as last saved")
 
     pending, began = (), time.perf_counter()
-    for step in range(first, c.steps + 1):
-        last, stopped = step == c.steps, stop(step)
-        validating, saving = last or step % c.val_every == 0, last or step % c.save_every == 0
-        if stopped or saving or validating:
-            pending = pending and note(*pending)
-            spent += time.perf_counter() - began
-            if (stopped or saving) and step > first:  # before validation, which could fail
-                need = 2**20 + 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-                if (disk := os.statvfs(run)).f_bavail * disk.f_frsize < need:
-                    raise InputError(f"{run}: disk full: a save takes {need / 1e6:.0f} MB")
-                if step in manager.all_steps():  # one that could not be read
-                    manager.delete(step)
-                meta = {"log": journal.log.tell(), "csv": journal.csv.tell()}
-                meta |= {"step": step, "train_time": spent, "bits": int(p.bits(state))}
-                manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=meta)  # async
-            if stopped or last:  # the last line says that a run is done, so its state is safe first
-                manager.wait_until_finished()
-            if stopped and not last:
-                journal.say(f"stopped after step {step}, saved: the same command goes on")
-                sys.exit(75)
-            if validating:
-                val_loss = float(compiled["val", c.stage(step)](state["params"], val))
-                journal.scalar(step, spent, "val_loss", val_loss)
-            began = time.perf_counter()
-        if not last:
-            loss, grads = compiled["train", c.stage(step)](state["params"], batch(step), step)
-            state, norm = compiled["update"](state, grads)
-            pending = pending and note(*pending)  # one step late, so the device never waits
-            pending = step + 1, loss, norm
-    journal.board.close()
+    with closing(manager), closing(journal.board):  # whatever comes, a save that has begun ends
+        for step in range(first, c.steps + 1):
+            last, stopped = step == c.steps, stop(step)
+            validating, saving = last or step % c.val_every == 0, last or step % c.save_every == 0
+            if stopped or saving or validating:
+                pending = pending and note(*pending)
+                spent += time.perf_counter() - began
+                if (stopped or saving) and step > first:  # before validation, which could fail
+                    manager.wait_until_finished()  # the one before, or its room would look free
+                    need = 2**20 + 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+                    if (disk := os.statvfs(run)).f_bavail * disk.f_frsize < need:
+                        raise InputError(f"{run}: disk full: a save takes {need / 1e6:.0f} MB")
+                    if step in manager.all_steps():  # one that could not be read
+                        manager.delete(step)
+                    meta = {"log": journal.log.tell(), "csv": journal.csv.tell()}
+                    meta |= {"step": step, "train_time": spent, "bits": int(p.bits(state))}
+                    manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=meta)
+                if stopped or last:  # safe before a line says that the run is done
+                    manager.wait_until_finished()
+                if stopped and not last:
+                    journal.say(f"stopped after step {step}, saved: the same command goes on")
+                    sys.exit(75)
+                if validating:
+                    val_loss = float(compiled["val", c.stage(step)](state["params"], val))
+                    journal.scalar(step, 1000 * spent, "val_loss", val_loss)
+                began = time.perf_counter()
+            if not last:
+                loss, grads = compiled["train", c.stage(step)](state["params"], batch(step), step)
+                state, norm = compiled["update"](state, grads)
+                pending = pending and note(*pending)  # one step late, so the device never waits
+                pending = step + 1, loss, norm
     return Result(val_loss, spent, run)
 
 
@@ -364,7 +362,7 @@ def main(argv: list[str]):
         print(f"preset {keys['preset']}, as this machine has {accelerator() or 'no GPU or TPU'}")
     c, heard = Config(**keys), []  # the second signal stops at once
     signal(SIGTERM, lambda n, _: heard.append(signal(n, SIG_DFL)))
-    signal(SIGINT, lambda n, _: signal(n, SIG_DFL) and raise_signal(SIGTERM))
+    signal(SIGINT, lambda n, _: signal(n, SIG_DFL) and raise_signal(SIGTERM))  # which JAX hears
     # If one of several processes gets SIGTERM, this says so in all at the same step.
     stop = lambda step: ocp.multihost.reached_preemption(step) or heard and jax.process_count() == 1
     run = train(c, stop).run_dir
@@ -381,4 +379,6 @@ if __name__ == "__main__":
         hints = [hint for word, hint in HINTS.items() if word in text]
         if not (hints or isinstance(error, (InputError, OSError))):
             raise
-        sys.exit(print(*hints[:1], text.partition("\n")[0], file=sys.stderr) or 2)
+        print(*hints[:1], text.partition("\n")[0], file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(2)  # sys.exit would wait, for minutes, for processes that wait for this one

@@ -32,9 +32,9 @@ def main(argv: list[str]):
         holds[step] = time.perf_counter() - began
         return saved
 
-    def scalar(self, step, seconds, name, value, show=True):  # no disk but the checkpoints'
+    def scalar(self, step, ms, name, value, show=True):  # no disk but the checkpoints'
         if name == "train_loss":
-            ends.append((step, seconds))
+            ends.append((step, ms / 1000))
 
     ocp.CheckpointManager.save = timed
     train_gpt.Journal.scalar = scalar

@@ -36,8 +36,10 @@ def last_state(folder) -> dict:
 
 
 def same(a, b) -> bool:
-    """Whether two runs end with the same metrics and parameters, to the last bit."""
-    return values(a) == values(b) and last_state(a) == last_state(b)
+    """Whether two runs end with the same metrics and parameters, to the last bit, and neither of
+    them with what is left of a save that did not end, which takes room."""
+    left = [path for folder in (a, b) for path in Path(folder).glob("runs/a/checkpoints/*tmp*")]
+    return values(a) == values(b) and last_state(a) == last_state(b) and not left
 
 
 def killed_once(folder, args, moment: str, random) -> int | None:

@@ -146,6 +146,20 @@ def test_sigkill_of_one_ends_all_and_is_said_last(killed):
     assert "10" in os.listdir(folder / "runs/a/checkpoints")
 
 
+def test_an_error_of_one_ends_all_and_is_said_last(tmp_path):
+    """JAX would wait for the others, which wait in vain, and then abort."""
+    full = "import os, types\nif os.environ.get('RANK') == '1':\n"
+    full += "    os.statvfs = lambda path: types.SimpleNamespace(f_bavail=0, f_frsize=1)\n"
+    (tmp_path / "sitecustomize.py").write_text(full)
+    command = [ROOT / "launch", "--nproc=2", "--cpu_devices=4", *ARGS]
+    env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-2000:]
+    last = done.stderr.splitlines()[-1]
+    assert last == "launch: [1] status 2: runs/a: disk full: a save takes 1 MB"
+    assert [path.name for path in (tmp_path / "runs/a/checkpoints").iterdir()] == []
+
+
 def test_stopped_killed_and_gone_on_has_the_losses_of_one_process(one, two):
     c = train_gpt.Config(**dict(arg[2:].split("=") for arg in ARGS))
     assert c.float32 and [c.stage(step) for step in (0, 7, 13)] == [0, 1, 2]  # untied in 13, too
