@@ -183,12 +183,11 @@ def program(c: Config, mesh) -> SimpleNamespace:
 
     like = jax.tree_util.tree_map_with_path(place, jax.eval_shape(init, 0))
     at = jax.tree.map(lambda leaf: leaf.sharding, like)
-    jits = {"bits": jax.jit(lambda s: sum(x.view("uint32").sum() for x in jax.tree.leaves(s)))}
-    jits["init"] = jax.jit(init, out_shardings=at)
-    jits["gradients"] = jit(gradients, static_argnums=3, out_shardings=(None, at["params"]))
-    jits["update"] = jax.jit(update, donate_argnums=0, out_shardings=(at, None))
-    jits["evaluate"] = jax.jit(evaluate, static_argnums=2)
-    return SimpleNamespace(like=like, views=views, use=use, parts=parts, why=why, **jits)
+    fns = {"init": jax.jit(init, out_shardings=at), "evaluate": jax.jit(evaluate, static_argnums=2)}
+    fns["bits"] = jax.jit(lambda s: sum(x.view("uint32").sum() for x in jax.tree.leaves(s)))
+    fns["gradients"] = jit(gradients, static_argnums=3, out_shardings=(None, at["params"]))
+    fns["update"] = jax.jit(update, donate_argnums=0, out_shardings=(at, None))
+    return SimpleNamespace(like=like, views=views, use=use, parts=parts, why=why, **fns)
 
 
 class Journal:  # the console, log.txt, metrics.csv and TensorBoard of a run, of process 0
@@ -239,11 +238,11 @@ def start(c: Config):
         raise InputError(f"JAX sees the CPU alone and no {accelerator() or c.device}: {how}")
 
 
-def opened(c: Config, run: Path, clean: bool = False):  # of saves that were killed
-    """Mesh, program, checkpoints of a run, and of the newest that can be read (state, meta)."""
-    mesh, folder = sharding.make_mesh(c.mesh), (run / "checkpoints").absolute()
+def opened(c: Config, run: Path, clean: bool = False):  # of what killed saves left
+    """Mesh, program, checkpoints of a run; state and meta of the newest that can be read."""
+    mesh, path = sharding.make_mesh(c.mesh), (run / "checkpoints").absolute()
     options = ocp.CheckpointManagerOptions(max_to_keep=c.keep, cleanup_tmp_directories=clean)
-    p, manager = program(c, mesh), ocp.CheckpointManager(folder, options=options)
+    p, manager = program(c, mesh), ocp.CheckpointManager(path, options=options)
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             state = manager.restore(step, args=ocp.args.StandardRestore(p.like))
@@ -252,10 +251,12 @@ def opened(c: Config, run: Path, clean: bool = False):  # of saves that were kil
                 raise ValueError("it is not what was saved")
             return mesh, p, manager, state, meta
         except Exception as error:  # whatever it is that the library stumbles over
+            if jax.process_count() > 1:  # another may have read its part, and waits for this one
+                raise InputError(f"{path}/{step} unreadable, remove it? {error!s:.200}") from error
             print(f"warning: checkpoint {step} cannot be read, passed over: {error!s:.200}")
     if manager.all_steps():
         raise InputError(f"{run}: no checkpoint can be read (why is above): choose another --run")
-    return mesh, p, manager, None, {"step": 0, "train_time": 0.0, "log": 0, "csv": 0}
+    return mesh, p, manager, p.init(c.seed), {"step": 0, "train_time": 0.0, "log": 0, "csv": 0}
 
 
 def configured(run: Path) -> tuple[dict, str]:
@@ -302,7 +303,6 @@ def train(c: Config, stop=lambda step: False) -> Result:
         compiled = dict(zip(jobs, pool.map(lambda lower: lower().compile(), jobs.values())))
     ocp.multihost.get_barrier_sync_fn()(key="all have compiled", timeout_ms=3600_000)  # Gloo: 30 s
     journal.say(f"compiled {len(jobs)} programs in {time.perf_counter() - began:.1f} s")
-    state = state or p.init(c.seed)
     for i in [key[1] for key in compiled if key[0] == "train"]:  # a first call takes longer
         jax.block_until_ready(compiled["train", i](state["params"], batch(schedule[i][0]), 0))
 

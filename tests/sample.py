@@ -42,7 +42,7 @@ def saved(keys: dict) -> SimpleNamespace:
     c = train_gpt.Config(**was | keys)
     train_gpt.start(c)
     mesh, p, _, state, meta = train_gpt.opened(c, run)
-    if not state:
+    if not meta["step"]:
         raise InputError(f"{run} has no checkpoint yet")
     return SimpleNamespace(c=c, mesh=mesh, p=p, params=state["params"], step=meta["step"])
 

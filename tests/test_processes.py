@@ -204,6 +204,20 @@ def test_a_slurm_task_that_is_alone_on_its_node_has_all_its_gpus(tasks, gpus):
     assert done.stdout.split() == ["True", gpus], done.stdout + done.stderr[-2000:]
 
 
+def test_a_part_that_one_cannot_read_ends_all(two, tmp_path):
+    """None goes on from another step than the others: what to remove is said in the last line."""
+    cut(two[0], tmp_path)
+    there = tmp_path / "runs/a/checkpoints/15"
+    parts = (there / "default/ocdbt.process_1/d").iterdir()
+    max(parts, key=lambda path: path.stat().st_size).write_bytes(b"damaged")
+    command = [ROOT / "launch", "--nproc=2", "--cpu_devices=4", *ARGS]
+    env = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and f"{there} unreadable, remove it?" in last, done.stderr[-2000:]
+    assert "step:" not in done.stdout
+
+
 def test_a_checkpoint_of_two_processes_in_one(one, two, tmp_path):
     cut(two[0], tmp_path)
     done = run(tmp_path, *ARGS, "--cpu_devices=8")
