@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import train_gpt
-from commands import CODE, PYTHON, ROOT, TINY, run, run_all
+from commands import CODE, ONE_LAYER, PYTHON, ROOT, TINY, run, run_all
 from kill import same, values
 
 KEYS = dict(arg[2:].split("=") for arg in TINY)
@@ -306,8 +306,9 @@ train_gpt.main(sys.argv[1:])"""
 
 def test_a_save_that_has_begun_ends_whatever_comes(tmp_path):
     """Orbax writes behind the loop's back, which Python would cut off at the end of a process."""
+    args = "--steps=6", "--save_every=5", "--val_every=5", "--run=a"
     large = "--bigram_rows=262144"  # 140 MB, which takes a while
-    done = run(tmp_path, *ARGS, large, command=[*PYTHON[:2], FAILS])
+    done = run(tmp_path, *ONE_LAYER, *args, large, command=[*PYTHON[:2], FAILS])
     assert "as soon as the save has begun" in done.stderr and done.returncode == 1
     assert [path.name for path in (tmp_path / "runs/a/checkpoints").iterdir()] == ["5"]
     assert len(on_board(tmp_path).Tensors("train_loss")) == 5
