@@ -23,6 +23,7 @@ from kill import values
 
 ARGS = [*ONE_LAYER, "--width=16", "--steps=20", "--val_every=99", "--save_every=5"]
 ARGS += ["--run=a", "--device_rows=1"]
+LAUNCH = [ROOT / "launch", "--nproc=2", "--cpu_devices=4", *ARGS]
 
 
 def losses(folder) -> dict:
@@ -66,10 +67,9 @@ def by_hand(folder, *environments):
 def launched(folder, word, number):
     """Sends one of two processes a signal when the log has the word. -> status, output"""
     log, out = folder / "runs/a/log.txt", folder / "out"
-    command = [ROOT / "launch", "--nproc=2", "--cpu_devices=4", *ARGS]
     env = os.environ | {"PYTHON": sys.executable}
     with out.open("w") as file:
-        with subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=file) as launch:
+        with subprocess.Popen(LAUNCH, cwd=folder, env=env, stdout=file, stderr=file) as launch:
             while not (log.exists() and word in log.read_text()):
                 assert launch.poll() is None, out.read_text()
                 time.sleep(0.02)
@@ -146,15 +146,15 @@ def test_sigkill_of_one_ends_all_and_is_said_last(killed):
     assert "10" in os.listdir(folder / "runs/a/checkpoints")
 
 
-def test_an_error_of_one_ends_all_and_is_said_last(tmp_path):
+def test_an_error_of_one_ends_all_and_is_said_last(tmp_path, monkeypatch):
     """JAX would wait for the others, which wait in vain, and then abort."""
     elsewhere = "import os\nif os.environ.get('RANK') == '1':\n    os.chdir('/')\n"
     (tmp_path / "sitecustomize.py").write_text(elsewhere)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_text(" ".join(map(str, range(50000))))
-    command = [ROOT / "launch", "--nproc=2", "--cpu_devices=4", *ARGS, "--data=texts"]
-    env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = run(tmp_path, "--data=texts", command=LAUNCH)
     said = "".join(done.stderr.splitlines()[-4:])
     assert done.returncode == 2, done.stderr[-2000:]
     assert "launch: [1] status 2" in said and "--data=texts: no " in said, done.stderr[-2000:]
@@ -204,15 +204,14 @@ def test_a_slurm_task_that_is_alone_on_its_node_has_all_its_gpus(tasks, gpus):
     assert done.stdout.split() == ["True", gpus], done.stdout + done.stderr[-2000:]
 
 
-def test_a_part_that_one_cannot_read_ends_all(two, tmp_path):
+def test_a_part_that_one_cannot_read_ends_all(two, tmp_path, monkeypatch):
     """None goes on from another step than the others: what to remove is said in the last line."""
     cut(two[0], tmp_path)
     there = tmp_path / "runs/a/checkpoints/15"
     parts = (there / "default/ocdbt.process_1/d").iterdir()
     max(parts, key=lambda path: path.stat().st_size).write_bytes(b"damaged")
-    command = [ROOT / "launch", "--nproc=2", "--cpu_devices=4", *ARGS]
-    env = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    monkeypatch.setenv("PYTHON", sys.executable)
+    done = run(tmp_path, command=LAUNCH)
     said = "".join(done.stderr.splitlines()[-4:])
     assert done.returncode == 2 and f"{there} unreadable, remove it?" in said, done.stderr[-2000:]
     assert "step:" not in done.stdout
