@@ -1,18 +1,27 @@
 """The tests run on 8 virtual CPU devices, whatever the machine has."""
 
+import mmap
 import os
 import sys
 from pathlib import Path
 
+import jaxlib
+
 # Programs that one test compiled, many others run; JAX would keep those above a second alone.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Nearly all of the tests' time is LLVM's; XLA's own passes are the same at this level.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the tests' time is compiling, and with these flags less than half of it, as LLVM has less
+# to do; XLA's passes over a program are the same. One that it does not know would end Python.
+FLAGS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": "false"}
+FLAGS |= {"xla_cpu_parallel_codegen_split_count": 1}
+for path in Path(jaxlib.__file__).parent.glob("libjax_common*"):
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as library:
+        known = [f"--{name}={FLAGS[name]}" for name in FLAGS if library.find(name.encode()) > 0]
+    os.environ.setdefault("XLA_FLAGS", " ".join(known))
 # Tests see a pipe as users do: in one, what is printed without a flush can be lost.
 os.environ.pop("PYTHONUNBUFFERED", None)
 
-import jax
+import jax  # noqa: E402, reads them
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 jax.config.update("jax_platforms", "cpu")
