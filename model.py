@@ -21,8 +21,8 @@ G = 12  # gates read the first dims of the stream (record 28)
 # learning rate and decay; with betas it is Adam's, without Muon's.
 Param = namedtuple("Param", "shape axes init lr wd betas", defaults=(1, ()))
 # What a stage sets: windows (a token sees itself and so many before), frequencies of half a head
-# (K/2,), the last half 0 (record 17), scale of the logits; what attends, if it is to save memory.
-View = namedtuple("View", "short long freqs scale attend small", defaults=(False,))
+# (K/2,), the last half 0 (record 17), scale of the logits; what attends, and on what: "tpu v6e".
+View = namedtuple("View", "short long freqs scale attend chip", defaults=("",))
 
 
 def param_table(c) -> dict:
@@ -85,12 +85,13 @@ mix = lambda *terms: sum(a * x.astype(jnp.float32) for a, x in terms).astype(ter
 shift = lambda x: jnp.pad(x[..., :-1, :], [(0, 0)] * (x.ndim - 2) + [(1, 0), (0, 0)], "edge")
 
 
-def rotary(x, theta, row):
+def rotary(x, theta, row, view):
     """Turns the halves of heads (B, H, T, K) by theta (P, T, K/2), head h by theta[row[h]]."""
-    swap = np.roll(np.eye(x.shape[-1], dtype=x.dtype), x.shape[-1] // 2, 0)
+    half, eye = x.shape[-1] // 2, np.eye(x.shape[-1], dtype=x.dtype)
+    other = x @ np.roll(eye, half, 0) if "tpu" in view.chip else jnp.roll(x, half, -1)  # as lookup
     cos, sin = jnp.tile(jnp.cos(theta), 2), jnp.concatenate([jnp.sin(theta), -jnp.sin(theta)], -1)
     cos, sin = (jnp.stack([table.astype(x.dtype)[i] for i in row]) for table in (cos, sin))
-    return x * cos + (x @ swap) * sin  # in bf16 as the record; TPUs are slow at moving columns
+    return x * cos + other * sin  # in bf16 as the record
 
 
 def bigram_hash(tokens_BT, R: int):
@@ -201,7 +202,7 @@ def attention(x, size, w, kind: str, view, doc):
     theta = (P * jnp.arange(T)[:, None] + jnp.arange(P)[:, None, None]) * view.freqs
     # In pairs the record turns odd heads one further; its pairs are h and h + H/2, ours neighbours.
     odd = np.arange(q.shape[1]).reshape(P, -1).T.ravel() % P if P == 2 else np.zeros(1, int)
-    q, k = (rotary(mix((by * root(x), x)), theta, odd) for x, by in ((q, view.scale), (k, 1.0)))
+    q, k = (rotary(mix((by * root(x), x)), theta, odd, view) for x, by in ((q, view.scale), (k, 1)))
     if "l" in kind:  # dims that do not turn look one token back (record 49)
         k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
     window = view.long if "l" in kind else view.short
@@ -216,14 +217,14 @@ def features(w, tokens_BT, c, view):
     banks = ("qkv", "out", "attn_gate", "value_gate", "up", "down", "qkv_scale", "out_scale")
     each = {name: iter(lax.split(w[name], (1,) * len(w[name]))) for name in banks}
     take = lambda *names: {name: next(each[name])[0] for name in names}
-    get = partial(sharding.lookup, dtype=w["head"].dtype)
+    get = partial(sharding.lookup, dtype=w["head"].dtype, tpu="tpu" in view.chip)
     x, bigram = get(w["embed"], tokens_BT), get(w["bigram"], bigram_hash(tokens_BT, c.bigram_rows))
     values = (get(w[f"value{i}"], tokens_BT) for i in range(len(w["value_gate"])))
     gate = jax.nn.sigmoid(x[..., :G] @ w["smear_gate"].T).at[:, 0].set(0)
     x = x0 = norm(mix((1, x), (w["smear"] * gate, shift(x))))
     x = mix((1, x), (w["bigram_inject"][0], bigram))
     kept = {"s": x}  # by letter, what the last layer with it gave
-    again = jax.checkpoint if view.small and tokens_BT.size > 2**14 else partial
+    again = jax.checkpoint if "v5 lite" in view.chip and tokens_BT.size > 2**14 else partial
     for i, kind in enumerate(c.layers.split(",")):
         scales, layer = take("qkv_scale", "out_scale"), take("up", "down")
         if "k" in kind:
@@ -248,20 +249,20 @@ cap = lambda x: jnp.tanh((x.astype(jnp.float32) + 5) / 15)
 e4m3 = lambda x: x.clip(-448, 448).astype(jnp.float8_e4m3fn)  # record 19; what is larger is NaN
 
 
-def with_grads(x, head, m, fp8):
+def with_grads(x, head, m, fp8, gpu):
     """Sum of m log sum exp 11.5 cap(logits), x (B, T, D), head (V, D) float32, m (B, T, 1); and its
     gradients by x and head, so that the logits, GBs if not in chunks, are made but once."""
     n = math.gcd(x.shape[1], 1 << (2**27 // (len(x) * len(head))).bit_length())
-    w = head.astype(x.dtype)
-    dot = partial(jnp.einsum, "bnd,vd->bnv", preferred_element_type=x.dtype)
+    w, mm = head.astype(x.dtype), partial(jnp.einsum, "bnd,vd->bnv", preferred_element_type=x.dtype)
 
     def chunk(sums, args):
         (total, dhead), (x, m) = sums, args  # x (B, n, D), m (B, n, 1)
-        z = cap(dot(e4m3(4 * x), e4m3(256 * w)) / 1024 if fp8 else dot(x, w))
-        p = jnp.exp(11.5 * z)
-        norms = p.sum(-1, keepdims=True)
-        # The softmax's norms come in behind, so that one pass makes both; the barrier keeps it one.
-        g, by = lax.optimization_barrier((p * (1 - z * z)).astype(x.dtype)), m * 11.5 / 15 / norms
+        logits = mm(e4m3(4 * x), e4m3(256 * w)) / 1024 if fp8 else mm(x, w)
+        norms = jnp.exp(11.5 * cap(logits)).sum(-1, keepdims=True)
+        # They come in behind, so that one pass makes both; a GPU makes two, or writes float32 tanh.
+        z = cap(lax.optimization_barrier(logits) if gpu else logits)
+        g = lax.optimization_barrier((jnp.exp(11.5 * z) * (1 - z * z)).astype(x.dtype))
+        by = m * 11.5 / 15 / norms
         xs = (by * x).astype(x.dtype)
         dhead += jnp.einsum("bnv,bnd->vd", g, xs, preferred_element_type=jnp.float32)
         return (total + (m * jnp.log(norms)).sum(), dhead), (by * (g @ w)).astype(x.dtype)
@@ -271,8 +272,8 @@ def with_grads(x, head, m, fp8):
     return total, (dx.swapaxes(0, 1).reshape(x.shape), dhead)
 
 
-log_norms = jax.custom_vjp(lambda *args: with_grads(*args)[0], nondiff_argnums=(3,))
-log_norms.defvjp(with_grads, lambda _, grads, t: (*((t * g).astype(g.dtype) for g in grads), None))
+log_norms = jax.custom_vjp(lambda *args: with_grads(*args)[0], nondiff_argnums=(3, 4))
+log_norms.defvjp(with_grads, lambda _, __, gs, t: (*((t * g).astype(g.dtype) for g in gs), None))
 
 
 def loss(w, rows, c, view, mtp, fp8=False):
@@ -281,7 +282,7 @@ def loss(w, rows, c, view, mtp, fp8=False):
     tokens, T = rows.astype(jnp.int32), rows.shape[1] - 1
     x, head = features(w, tokens[:, :-1], c, view), w["head"].astype(jnp.float32)
     m = [weight * (jnp.arange(T) < T - k)[:, None] for k, weight in enumerate(mtp)]
-    total = log_norms(x, head, jnp.broadcast_to(sum(m), (*x.shape[:2], 1)), fp8)
+    total = log_norms(x, head, jnp.broadcast_to(sum(m), (*x.shape[:2], 1)), fp8, "gpu" in view.chip)
     for k in range(len(mtp)):  # the head's gradient is added up in float32, here and there
         said = head[jnp.roll(tokens, -1 - k, 1)[:, :-1]].astype(x.dtype)
         logit = jnp.einsum("btd,btd->bt", x, said, preferred_element_type=jnp.float32)

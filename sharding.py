@@ -68,7 +68,7 @@ def gathered(w, axes, dtype):
     f = lambda w: lax.all_gather(w, "fsdp", axis=axes.index("embed"), tiled=True)
     at, own = part(axes, ["tensor"]), {"tensor"} - {*jax.sharding.get_abstract_mesh().manual_axes}
     f = jax.shard_map(f, in_specs=at, out_specs=at, axis_names=own, check_vma=False) if own else f
-    return f(w.astype(dtype)) if "embed" in axes else w
+    return f(w.astype(dtype)) if "embed" in axes else w  # small ones and tables stay as they are
 
 
 def summed(g, axes=()):
@@ -76,11 +76,12 @@ def summed(g, axes=()):
     return lax.psum(g, [n for n in ROWS if all(n not in RULES.get(axis, ()) for axis in axes)])
 
 
-def lookup(table, ids_BT, dtype):
+def lookup(table, ids_BT, dtype, tpu: bool):
     """Rows (B, T, D) of a table (V, D) with split columns: ids travel, and what was found."""
     found = table[lax.all_gather(ids_BT, "fsdp")].astype(dtype)  # (fsdp, B, T, D / fsdp)
-    n, width = len(found), found.shape[-1]
-    where = np.eye(n * width, dtype=dtype).reshape(n, width, -1)  # TPUs are slow at moving columns
+    if not tpu:  # which are slow at moving columns, and have them joined by a product
+        return lax.all_to_all(found, "fsdp", 0, 3, tiled=True)[0]
+    where = np.eye(len(found) * found.shape[3], dtype=dtype).reshape(*found.shape[::3], -1)
     found = lax.optimization_barrier(lax.all_to_all(found, "fsdp", 0, 0))  # else it would move them
     return jax.numpy.einsum("pbtc,pcd->btd", found, where)
 

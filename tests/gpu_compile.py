@@ -1,7 +1,8 @@
-"""Compiles `speedrun` for 8xH100 without one: python tests/gpu_compile.py [0 1 2 3 update val0 ...]
-[--fp8 or another key of Config]. Needs `pip install "jax[cuda13]"`. Says what memory each program
-takes on a GPU, and which kernels of cuDNN and cuBLAS it calls; neither whether cuDNN takes the
-sizes nor how fast it is, nor which products XLA times as faster in Triton: only a GPU can say."""
+"""Compiles `speedrun` for H100s without one: python tests/gpu_compile.py [0 1 2 3 update val0 ...]
+[--gpus=8] [--fp8 or another key of Config]. Needs `pip install "jax[cuda13]"`. Says what memory
+each program takes on a GPU, which kernels of cuDNN and cuBLAS it calls, and what all others move;
+neither whether cuDNN takes the sizes nor how fast it is, nor which products XLA times as faster in
+Triton: only a GPU can say."""
 
 import os
 import re
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from jax._src.cudnn import fused_attention_stablehlo as fused
 from jax.experimental import topologies
 
+import hlo
 import model
 import sharding
 import tool
@@ -35,10 +37,39 @@ device_memory_size: 84942979072
 cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES } }"""
 
 
+NAMES = r"%([\w.-]+)"
+
+
+def moved(text: str) -> tuple[int, float]:
+    """Kernels of a step that are not a library's, and bytes in and out of them, loops multiplied:
+    operands and results whole, but of what is only sliced or gathered from, or updated in place,
+    as much as is taken or put there.
+    """
+    module, kernels, total = hlo.parse(text), 0, 0
+    types = {i.name: i.type for body in module.values() for i in body}
+    for i, times in hlo.walk(module):
+        if i.op != "fusion" and not i.op.startswith("copy"):
+            continue
+        args, read, written = re.findall(NAMES, i.args), 0, hlo.size(i.type)
+        body = module[hlo.called(i, "calls")[0]] if i.op == "fusion" else []
+        for n, arg in enumerate(args):
+            own = [p.name for p in body if p.op == "parameter" and p.args == str(n)]
+            users = [j for j in body if own and own[0] in re.findall(NAMES, j.args)]
+            if users and all(j.op in ("gather", "slice", "dynamic-slice") for j in users):
+                read += sum(hlo.size(j.type) for j in users)
+            elif users and all(j.op == "dynamic-update-slice" for j in users):
+                put = [re.findall(NAMES, j.args)[1] for j in users]
+                written += sum(hlo.size(types[name]) for name in put) - hlo.size(types[arg])
+            else:
+                read += hlo.size(types[arg])
+        kernels, total = kernels + times, total + times * (read + max(written, 0))
+    return round(kernels), total
+
+
 def main(argv: list[str]):
     words = [word for word in argv if not word.startswith("--")]
     keys = {"preset": "speedrun"} | tool.keys_of([word for word in argv if word not in words])
-    options = {"topology": "1x1x8", "target_config": H100}
+    options = {"topology": f"1x1x{keys.pop('gpus', '8')}", "target_config": H100}
     devices = topologies.get_topology_desc("", platform="cuda", **options).devices
     fused.check_compute_capability = lambda capability: True  # these three ask a GPU that is there
     fused.is_cuda_compute_capability_equal = lambda capability: False
@@ -53,8 +84,10 @@ def main(argv: list[str]):
         program = lower().compile()
         calls = Counter(re.findall(r'custom_call_target="([^"]*)"', program.as_text()))
         temp = program.memory_analysis().temp_size_in_bytes / 2**30
-        took = time.perf_counter() - began
-        print(f"{word:8} {temp:6.2f} GiB temporary, compiled in {took:.0f} s, {dict(calls)}")
+        kernels, total = moved(program.as_text())
+        took = f"compiled in {time.perf_counter() - began:.0f} s"
+        others = f"{kernels} other kernels move {total / 1e9:.0f} GB"
+        print(f"{word:8} {temp:6.2f} GiB temporary, {took}, {others}, {dict(calls)}")
 
 
 if __name__ == "__main__":

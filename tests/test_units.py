@@ -69,6 +69,11 @@ def test_adam():
     assert not state["pending"]["w"].any()
 
 
+CHIPS = [
+    model.View(8, 24, None, 1.0, model.attend, chip) for chip in ("cpu cpu", "tpu TPU v6 lite")
+]
+
+
 @pytest.mark.parametrize("size, K, unit", [("set", 16, 16), ("full", 128, 128)])
 def test_yarn_and_rotary(size, K, unit):
     longs = [unit * blocks for blocks in (3, 7, 11, 13)]
@@ -83,11 +88,13 @@ def test_yarn_and_rotary(size, K, unit):
     time = jnp.arange(T, dtype=jnp.float32)[:, None]
     x, y = (U[f"rotary/set/plain/stage3/apply_{end}"][..., order] for end in ("in", "out"))
     x, y = (jnp.asarray(z).swapaxes(-3, -2) for z in (x, y))
-    close(model.rotary(x, (time * freqs)[None], np.zeros(1, int)), y)
+    for chip in CHIPS:
+        close(model.rotary(x, (time * freqs)[None], np.zeros(1, int), chip), y)
     x, y = (U[f"rotary/set/paired/stage3/apply_{end}"] for end in ("in", "out"))
     x, y = (jnp.asarray(z.reshape(1, T, 6, K)[..., order]).swapaxes(1, 2) for z in (x, y))
     theta = jnp.stack([2 * time, 2 * time + 1]) * freqs
-    close(model.rotary(x, theta, np.arange(6) % 2), y)
+    for chip in CHIPS:
+        close(model.rotary(x, theta, np.arange(6) % 2, chip), y)
 
 
 @pytest.mark.parametrize("name, K", [("mask/w16", 8), ("mask/w16_paired_2T", 8)])
@@ -169,7 +176,7 @@ def test_softcap_and_multi_token_loss(name, monkeypatch):
 
     def total(x):
         monkeypatch.setattr(model, "features", lambda *_: x[None])
-        return model.loss({"head": jnp.eye(20)}, rows, None, None, weights)
+        return model.loss({"head": jnp.eye(20)}, rows, None, CHIPS[0], weights)
 
     close(total(logits), get("loss").sum(), 1e-5)
     grad = jax.grad(total)(logits) * get("grad_output")[:, None]
@@ -181,19 +188,21 @@ def test_the_norms_by_chunks_are_those_of_the_whole(monkeypatch):
     head, m = jax.random.normal(jax.random.key(1), (50, 16)), jnp.arange(128.0).reshape(2, 64, 1)
     z = 23 * jax.nn.sigmoid((x @ head.T + 5) / 7.5) - 11.5
     want = (m * jax.nn.logsumexp(z, -1, keepdims=True)).sum()
-    whole = jax.value_and_grad(model.log_norms, (0, 1))(x, head, m, False)
+    whole = jax.value_and_grad(model.log_norms, (0, 1))(x, head, m, False, False)
     monkeypatch.setattr(model.math, "gcd", lambda *_: 8)
-    chunked = jax.value_and_grad(model.log_norms, (0, 1))(x, head, m, False)
-    close(chunked[0], want, 1e-5)
-    for a, b in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole)):
-        close(a, b, 1e-4)
+    for gpu in (False, True):
+        chunked = jax.value_and_grad(model.log_norms, (0, 1))(x, head, m, False, gpu)
+        close(chunked[0], want, 1e-5)
+        for a, b in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole)):
+            close(a, b, 1e-4)
 
 
 def test_the_head_in_8_bits_is_near_and_never_beyond_its_range():
     """Off by what 3 bits of mantissa leave; gradients are bf16's; large weights are clipped."""
     draw = lambda n, *shape: jax.random.normal(jax.random.key(n), shape)
     x, head, m = draw(0, 2, 64, 256), draw(1, 50, 256) / 20, jnp.ones((2, 64, 1))
-    both = jax.jit(jax.value_and_grad(model.log_norms, (0, 1)), static_argnums=3)
+    f = lambda x, head, m, fp8: model.log_norms(x, head, m, fp8, False)
+    both = jax.jit(jax.value_and_grad(f, (0, 1)), static_argnums=3)
     off = lambda a, b: jnp.linalg.norm(a - b) / jnp.linalg.norm(b)
     want, got = both(x, head, m, False), both(x, head, m, True)
     assert 1e-7 < off(got[0], want[0]) < 3e-3
