@@ -257,10 +257,10 @@ def with_grads(x, head, m, fp8, gpu):
 
     def chunk(sums, args):
         (total, dhead), (x, m) = sums, args  # x (B, n, D), m (B, n, 1)
-        logits = mm(e4m3(4 * x), e4m3(256 * w)) / 1024 if fp8 else mm(x, w)
-        norms = jnp.exp(11.5 * cap(logits)).sum(-1, keepdims=True)
+        y, over = (mm(e4m3(4 * x), e4m3(256 * w)), 1024) if fp8 else (mm(x, w), 1)
+        norms = jnp.exp(11.5 * cap(y / over)).sum(-1, keepdims=True)
         # They come in behind, so that one pass makes both; a GPU makes two, or writes float32 tanh.
-        z = cap(lax.optimization_barrier(logits) if gpu else logits)
+        z = cap((lax.optimization_barrier(y) if gpu else y) / over)
         g = lax.optimization_barrier((jnp.exp(11.5 * z) * (1 - z * z)).astype(x.dtype))
         by = m * 11.5 / 15 / norms
         xs = (by * x).astype(x.dtype)
