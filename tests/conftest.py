@@ -10,7 +10,7 @@ import jaxlib
 # Programs that one test compiled, many others run; JAX would keep those above a second alone.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Most of the tests' time is compiling, and with these flags some half of it, as LLVM has less to do;
+# Most of the tests' time is compiling, with these flags some half of it, as LLVM has less to do;
 # what splits a program over devices is the same. A flag that XLA does not know would end Python.
 FLAGS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": "false"}
 FLAGS |= {"xla_cpu_parallel_codegen_split_count": 1}
