@@ -13,8 +13,7 @@ import tiktoken
 from huggingface_hub import hf_hub_download
 
 HUB = {"fineweb10B": 103, "finewebedu10B": 99}  # kjj0/NAME-gpt2 on the hub -> training shards
-# Training shards, the held-out one, the token that starts every document, shard -> tokens.
-Corpus = namedtuple("Corpus", "train val bos read")
+Corpus = namedtuple("Corpus", "train val bos read")  # shards, read(shard) -> tokens (n,)
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # of the library
 
 

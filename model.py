@@ -17,12 +17,10 @@ from jax.nn.initializers import constant, normal
 import sharding
 
 G = 12  # gates read the first dims of the stream (record 28)
-# A weight: shape, logical axes (see sharding.RULES), how it starts, factors of its group's
-# learning rate and decay; with betas it is Adam's, without Muon's.
-Param = namedtuple("Param", "shape axes init lr wd betas", defaults=(1, ()))
-# What a stage sets: windows (a token sees itself and so many before), frequencies of half a head
-# (K/2,), the last half 0 (record 17), scale of the logits; what attends, and on what: "tpu v6e".
-View = namedtuple("View", "short long freqs scale attend chip", defaults=("",))
+# A weight: shape, logical axes (see sharding.RULES), start, factors of its group's rate and decay.
+Param = namedtuple("Param", "shape axes init lr wd betas", defaults=(1, ()))  # no betas: Muon's
+# Of a stage: windows (tokens seen before oneself), frequencies, scale of logits; kernel and device.
+View = namedtuple("View", "short long freqs scale attend chip", defaults=("",))  # "tpu TPU v4"
 
 
 def param_table(c) -> dict:
@@ -68,7 +66,7 @@ def init(table: dict, key) -> dict:
 
 
 def yarn(K: int, longs) -> tuple[np.ndarray, float]:
-    """Frequencies and scale after the long window went through `longs` tokens (record 31)."""
+    """Frequencies (K/2,), half of them 0 (record 17), and scale, behind windows `longs` (31)."""
     freqs, scale = (1 / 1024) ** np.linspace(0, 1, K // 4, dtype=np.float32), 0.1
     for old, new in zip(longs, longs[1:]):
         keep = np.clip((old * freqs / (2 * np.pi) - 1) / 31, 0, 1)

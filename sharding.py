@@ -79,7 +79,7 @@ def summed(g, axes=()):
 def lookup(table, ids_BT, dtype, tpu: bool):
     """Rows (B, T, D) of a table (V, D) with split columns: ids travel, and what was found."""
     found = table[lax.all_gather(ids_BT, "fsdp")].astype(dtype)  # (fsdp, B, T, D / fsdp)
-    if not tpu:  # which are slow at moving columns, and have them joined by a product
+    if not tpu:  # a TPU is slow at moving columns, so there a product joins them
         return lax.all_to_all(found, "fsdp", 0, 3, tiled=True)[0]
     where = np.eye(len(found) * found.shape[3], dtype=dtype).reshape(*found.shape[::3], -1)
     found = lax.optimization_barrier(lax.all_to_all(found, "fsdp", 0, 0))  # else it would move them

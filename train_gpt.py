@@ -32,7 +32,7 @@ from sharding import InputError
 
 HERE = Path(__file__).parent
 SOURCES = ("launch", "train_gpt.py", "model.py", "muon.py", "data_fineweb.py", "sharding.py")
-COMMANDS = ("train", "sample", "eval", "record", "plot", "plan", "bench")  # others: tests/*.py
+COMMANDS = "train", "test", "sample", "eval", "record", "plot", "plan", "bench"  # tests/*.py
 # Keys that cannot change the result: a run may go on with other values of them.
 FREE = {*"mesh device_rows val_every save_every keep run resume device cpu_devices target".split()}
 HINTS = {  # what errors of libraries say -> what to do
@@ -115,22 +115,21 @@ def program(c: Config, mesh) -> SimpleNamespace:
     if attend is model.cudnn:
         attend, why = model.trusted(attend, c.width // c.heads, dtype)
     how = attend, f"{chip.platform} {chip.device_kind}"
-    options = {"xla_allow_excess_precision": False} if "gpu" in how[1] else {}  # no float32 copies
-    options |= {"xla_tpu_scoped_vmem_limit_kib": 49152} if "lite" in how[1] else {}  # more VMEM
-    jit = partial(jax.jit, compiler_options=options)  # 3% fewer bytes, 5% fewer cycles (predicted)
+    options = {"xla_allow_excess_precision": False} if "gpu" in how[1] else {}
+    options |= {"xla_tpu_scoped_vmem_limit_kib": 49152} if "lite" in how[1] else {}
+    jit = partial(jax.jit, compiler_options=options)  # 7% fewer bytes, 5% fewer cycles (predicted)
     views = [model.View(s.short, s.long, *yarn, *how) for (*_, s), yarn in zip(schedule, yarns)]
     views.append(views[-1]._replace(long=c.val_long))
     scheduled, untie = schedule[-2][1], schedule[1][1] | 1  # untied after an Adam step
     steps, start = np.arange(c.steps), int(scheduled * (1 - c.lr_fall))
     fall = np.clip((steps - start) / max(1, scheduled - start), 0, 1)
     factor = np.array([schedule[c.stage(i)][2].lr for i in steps]) * (1 - fall) + 0.15 * fall
-    rise = steps / c.steps / c.momentum_rise, (1 - steps / c.steps) / c.momentum_fall
-    momentum = 0.85 + 0.1 * np.clip(np.minimum(*rise), 0, 1)
+    rise = np.minimum(steps / c.momentum_rise, (c.steps - steps) / c.momentum_fall) / c.steps
     at_step = lambda values: lambda step: jnp.asarray(values, jnp.float32)[step]
     some = lambda adam: {n: row for n, row in table.items() if bool(row.betas) == adam}
     rules = {"adam": muon.adam(some(True), at_step(c.adam_lr * factor))}
-    more = at_step(c.muon_lr * factor), at_step(momentum), dtype, partial(sharding.spread, mesh)
-    rules["muon"] = muon.normuon(some(False), *more)
+    rates = at_step(c.muon_lr * factor), at_step(0.85 + 0.1 * np.clip(rise, 0, 1))
+    rules["muon"] = muon.normuon(some(False), *rates, dtype, partial(sharding.spread, mesh))
 
     def init(seed):
         params, step = model.init(table, jax.random.key(seed)), jnp.zeros((), jnp.int32)
@@ -237,25 +236,24 @@ def start(c: Config):
         raise InputError(f"JAX sees the CPU alone and no {accelerator() or c.device}: {how}")
 
 
-def opened(c: Config, run: Path, clean: bool = False):  # of what killed saves left
-    """Mesh, program, checkpoints of a run; state and meta of the newest that can be read."""
-    mesh, path = sharding.make_mesh(c.mesh), (run / "checkpoints").absolute()
+def opened(c: Config, run: Path, p: SimpleNamespace, clean: bool = False):
+    """Checkpoints, `clean` of killed saves; state and meta of the newest readable one, or new."""
     options = ocp.CheckpointManagerOptions(max_to_keep=c.keep, cleanup_tmp_directories=clean)
-    p, manager = program(c, mesh), ocp.CheckpointManager(path, options=options)
+    manager = ocp.CheckpointManager(path := run.absolute() / "checkpoints", options=options)
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             state = manager.restore(step, args=ocp.args.StandardRestore(p.like))
             meta = manager.metadata(step).custom_metadata
             if int(p.bits(state)) != meta["bits"]:  # orbax has no checksum
                 raise ValueError("it is not what was saved")
-            return mesh, p, manager, state, meta
+            return manager, state, meta
         except Exception as error:  # whatever it is that the library stumbles over
             if jax.process_count() > 1:  # another may have read its part, and waits for this one
                 raise InputError(f"{path}/{step} unreadable, remove it? {error!s:.200}") from error
             print(f"warning: checkpoint {step} cannot be read, passed over: {error!s:.200}")
     if manager.all_steps():
         raise InputError(f"{run}: no checkpoint can be read (why is above): choose another --run")
-    return mesh, p, manager, p.init(c.seed), {"step": 0, "train_time": 0.0, "log": 0, "csv": 0}
+    return manager, p.init(c.seed), {"step": 0, "train_time": 0.0, "log": 0, "csv": 0}
 
 
 def configured(run: Path) -> tuple[dict, str]:
@@ -274,18 +272,26 @@ def train(c: Config, stop=lambda step: False) -> Result:
     fresh = f"{c.run}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}".strip("-")
     name = np.frombuffer(f"{c.run if c.run and c.resume else fresh:240}".encode(), np.uint8)
     run = Path("runs", bytes(ocp.multihost.broadcast_one_to_all(name)).decode().strip())
-    (was, log), now = configured(run), vars(c)
+    (was, log), now, schedule = configured(run), vars(c), c.schedule()
     differ = [f"{k} was {was.get(k)}" for k in now if k not in FREE and was.get(k) != now[k]]
     if was and differ:
         raise InputError(f"{run} is there already, {', '.join(differ)}: try another --run")
     if done := re.search(rf"^step:{c.steps}/.* val_loss:(\S+) train_time:(\d+).*$", log, re.M):
         print(done[0], flush=True)
         return Result(float(done[1]), int(done[2]) / 1000, run)
-    schedule, corpus = c.schedule(), data_fineweb.open_corpus(c.data, c.vocab, c.bos)
+    mesh, corpus = sharding.make_mesh(c.mesh), data_fineweb.open_corpus(c.data, c.vocab, c.bos)
     stages = [schedule[c.stage(step)][2] for step in range(c.steps)]
     plan = data_fineweb.plan(corpus, [(s.tokens // c.rows, s.max_doc, c.rows) for s in stages])
     held_out = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
-    mesh, p, manager, state, meta = opened(c, run, clean=True)
+    p = program(c, mesh)
+    run.mkdir(parents=True, exist_ok=True)
+    lock = (run / f".lock{jax.process_index()}").open("a")
+    try:  # so that no other goes on with the run while this one does
+        os.lockf(lock.fileno(), os.F_TLOCK, 0)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):  # not a file system without locks
+            raise InputError(f"{run} is in training: end that, or choose another --run") from error
+    manager, state, meta = opened(c, run, p, clean=True)
     val = sharding.global_rows(mesh, held_out.shape, held_out.__getitem__)
     batch = lambda i: sharding.global_rows(mesh, (c.rows, stages[i].tokens // c.rows + 1), plan[i])
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
@@ -313,7 +319,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
             raise InputError(f"step {step}: loss {loss}, gradient {norm}: {run} is as last saved")
 
     pending, began = (), time.perf_counter()
-    with closing(manager), closing(journal.board):  # whatever comes, a save that has begun ends
+    with lock, closing(manager), closing(journal.board):  # whatever comes, a begun save ends
         for step in range(first, c.steps + 1):
             last, stopped = step == c.steps, stop(step)
             validating, saving = last or step % c.val_every == 0, last or step % c.save_every == 0
@@ -373,10 +379,9 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except Exception as error:  # DataError is the same as InputError
-        text = str(error).strip()
-        hints = [hint for word, hint in HINTS.items() if word in text]
+        hints = [hint for word, hint in HINTS.items() if word in str(error)]
         if not (hints or isinstance(error, (InputError, OSError))):
             raise
-        print(*hints[:1], text.partition("\n")[0], file=sys.stderr)
+        print(*hints[:1], str(error).strip().partition("\n")[0], file=sys.stderr)
         sys.stdout.flush()
         os._exit(2)  # sys.exit would wait, for minutes, for processes that wait for this one

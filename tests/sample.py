@@ -41,7 +41,9 @@ def saved(keys: dict) -> SimpleNamespace:
         raise InputError(f"--run={keys.get('run', '')}: no such run; there are: {there}")
     c = train_gpt.Config(**was | keys)
     train_gpt.start(c)
-    mesh, p, _, state, meta = train_gpt.opened(c, run)
+    mesh = sharding.make_mesh(c.mesh)
+    p = train_gpt.program(c, mesh)
+    _, state, meta = train_gpt.opened(c, run, p)
     if not meta["step"]:
         raise InputError(f"{run} has no checkpoint yet")
     return SimpleNamespace(c=c, mesh=mesh, p=p, params=state["params"], step=meta["step"])

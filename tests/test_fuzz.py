@@ -11,6 +11,7 @@ import pytest
 from test_data import BOS, VOCAB, shard_bytes, tokens_of
 
 import data_fineweb as data
+import sharding
 import train_gpt
 from commands import TINY
 from sharding import InputError
@@ -150,7 +151,8 @@ def saved(tmp_path_factory):
     (folder / "text.txt").write_text(words)
     c = train_gpt.Config(**KEYS, run="a", data=str(folder / "text.txt"), steps=9, mesh="fsdp:1")
     run = folder / "runs/a"
-    mesh, p, manager, *_ = train_gpt.opened(c, run)
+    p = train_gpt.program(c, sharding.make_mesh(c.mesh))
+    manager, *_ = train_gpt.opened(c, run, p)
     journal, states = train_gpt.Journal(run, c, {"step": 0, "log": 0, "csv": 0}), {}
     for step in (1, 2):
         journal.scalar(step, 1.0, "train_loss", 5.0)
@@ -170,10 +172,9 @@ def copy(saved, folder):
     return folder
 
 
-def test_checkpoints(saved, tmp_path, monkeypatch, capsys, record_property):
+def test_checkpoints(saved, tmp_path, capsys, record_property):
     """The newest, damaged in each file in turn: it or the one before it comes back, bit by bit."""
     folder, c, p, states = saved
-    monkeypatch.setattr(train_gpt, "program", lambda c, mesh: p)
     random, n, passed_over = np.random.default_rng(3), 0, 0
     newest = folder / "runs/a/checkpoints/2"
     files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
@@ -182,7 +183,7 @@ def test_checkpoints(saved, tmp_path, monkeypatch, capsys, record_property):
         for kind, content in kinds.items():
             run = copy(saved, tmp_path / "a")
             put(run / "checkpoints/2" / name, content)
-            mesh, _, manager, state, meta = train_gpt.opened(c, run)
+            manager, state, meta = train_gpt.opened(c, run, p)
             n, step = n + 1, meta["step"]
             same = jax.tree.map(lambda a, b: (np.array(a) == b).all(), state, states[step])
             assert jax.tree.all(same), f"{name}, {kind}: other values came back"

@@ -1,5 +1,6 @@
 """The commands, through the contract: logs, exit statuses, resume, errors."""
 
+import errno
 import json
 import os
 import re
@@ -195,6 +196,33 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(finished, tmp_path,
     assert p.returncode == 75 and "saved: the same command goes on" in said[0], said
     assert run(tmp_path, *ARGS).returncode == 0
     assert same(tmp_path, finished[0])
+
+
+def test_a_run_that_is_in_training_is_left_alone(finished, tmp_path):
+    """A second trainer ends with a line, and harms neither the first nor what it saves."""
+    log, often = tmp_path / "runs/a/log.txt", [*ARGS, "--save_every=1"]
+    with start(tmp_path, *often) as p:
+        while not (log.exists() and "step:2/12" in log.read_text()):
+            assert p.poll() is None
+        p.send_signal(signal.SIGSTOP)
+        before = log.read_bytes()
+        second = run(tmp_path, *often)
+        assert log.read_bytes() == before
+        p.send_signal(signal.SIGCONT)
+        assert p.wait(120) == 0
+    assert second.returncode == 2 and "runs/a is in training: end that" in second.stderr
+    assert len(second.stderr.splitlines()) == 1
+    assert same(tmp_path, finished[0])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch, number):
+    def lockf(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "lockf", lockf)
+    assert train_gpt.train(train_gpt.Config(**KEYS, steps=1, run="a")).val_loss > 0
 
 
 def test_killed_at_any_moment(finished, tmp_path):
