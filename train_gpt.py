@@ -37,7 +37,7 @@ COMMANDS = "train", "test", "sample", "eval", "record", "plot", "plan", "bench" 
 FREE = {*"mesh device_rows val_every save_every keep run resume device cpu_devices target".split()}
 HINTS = {  # what errors of libraries say -> what to do
     "No space left": "disk full, make room, and the same command goes on:",
-    "RESOURCE_EXHAUSTED": "out of device memory: try --device_rows=N with a smaller N:",
+    "RESOURCE_EXHAUSTED": "out of device memory: try --device_rows=N, N smaller, or more --rows:",
     "initialize backend": "no such device for JAX:",
 }
 Result = namedtuple("Result", "val_loss train_time run_dir")  # nats, seconds, Path

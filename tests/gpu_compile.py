@@ -1,8 +1,8 @@
 """Compiles `speedrun` for H100s without one: python tests/gpu_compile.py [0 1 2 3 update val0 ...]
-[--gpus=8] [--fp8 or another key of Config]. Needs `pip install "jax[cuda13]"`. Says what memory
-each program takes on a GPU, which kernels of cuDNN and cuBLAS it calls, and what all others move;
-neither whether cuDNN takes the sizes nor how fast it is, nor which products XLA times as faster in
-Triton: only a GPU can say."""
+[--gpus=8] [--plain] [--fp8 or another key of Config]. Needs `pip install "jax[cuda13]"`. Says what
+memory each program takes on a GPU, which kernels of cuDNN and cuBLAS it calls, and what all others
+move; neither whether cuDNN takes the sizes nor how fast it is, nor which products XLA times as
+faster in Triton: only a GPU can say. --plain: with the attention of GPUs older than an H100."""
 
 import os
 import re
@@ -24,6 +24,7 @@ import model
 import sharding
 import tool
 import train_gpt
+from bench import held
 from plan import programs
 
 H100 = """platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
@@ -69,15 +70,18 @@ def moved(text: str) -> tuple[int, float]:
 def main(argv: list[str]):
     words = [word for word in argv if not word.startswith("--")]
     keys = {"preset": "speedrun"} | tool.keys_of([word for word in argv if word not in words])
+    plain = keys.pop("plain", "false") == "true"
     options = {"topology": f"1x1x{keys.pop('gpus', '8')}", "target_config": H100}
     devices = topologies.get_topology_desc("", platform="cuda", **options).devices
     fused.check_compute_capability = lambda capability: True  # these three ask a GPU that is there
     fused.is_cuda_compute_capability_equal = lambda capability: False
     fused.check_cudnn_version = lambda: 91200
-    model.trusted = lambda fast, K, dtype: (fast, "")
+    model.trusted = lambda fast, K, dtype: (model.attend if plain else fast, "")
     c = train_gpt.Config(**keys)
     mesh = sharding.make_mesh("", devices)
-    jobs = programs(c, train_gpt.program(c, mesh), mesh)
+    p = train_gpt.program(c, mesh)
+    jobs, sizes = programs(c, p, mesh), (held(p.like), held(p.like["params"]))
+    print("{:.2f} GiB of state, {:.2f} GiB of gradients".format(*(n / 2**30 for n in sizes)))
     for word in words or jobs:
         began = time.perf_counter()
         lower = jobs[train_gpt.choose("program", word, jobs)]
