@@ -346,8 +346,8 @@ def train(c: Config, stop=lambda step: False) -> Result:
                     journal.scalar(step, 1000 * spent, "val_loss", val_loss)
                 began = time.perf_counter()
             if not last:
-                loss, grads = compiled["train", c.stage(step)](state["params"], batch(step), step)
-                state, norm = compiled["update"](state, grads)
+                loss, *grads = compiled["train", c.stage(step)](state["params"], batch(step), step)
+                state, norm = compiled["update"](state, grads.pop())  # no name keeps them alive
                 pending = pending and note(*pending)  # one step late, so the device never waits
                 pending = step + 1, loss, norm
     return Result(val_loss, spent, run)

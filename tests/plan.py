@@ -39,7 +39,7 @@ CHIPS = {
 }
 UTILISATION = 0.4  # of the peak: assumed for Pallas calls
 LEGEND = f"""GiB per chip: peak = argument + output - alias + temp + generated_code + resident (what
-lies there besides: other programs, optimizer state, gradients). GFLOP and GB: loop bodies once.
+lies there besides: other programs, optimizer state). GFLOP and GB: loop bodies once.
 Mcycles: the compiler's estimates x loop turns. Mcycles*: {PALLAS},
 FLOPs at {UTILISATION:.0%} of the peak. Collectives are counted, not timed.
 tokens/s and cycles/token: of whole steps, with the update."""
@@ -114,11 +114,9 @@ def finish(c, p, rows: dict):
         for leaf in jax.tree.leaves(tree)
     )
     state, params, code = gib(p.like), gib(p.like["params"]), "generated_code"
-    grads = p.update.lower(p.like, p.like["params"]).args_info[0][1]
-    given = all(leaf.donated for leaf in jax.tree.leaves(grads))  # else train holds the last ones
     for name, row in rows.items():
         row["resident"] = sum(other.get(code, 0) for other in rows.values()) - row.get(code, 0)
-        row["resident"] += 0 if name == "update" else state - params + (0 if given else params)
+        row["resident"] += 0 if name == "update" else state - params
         row["peak"] += row["resident"]
     for i, (*_, stage) in enumerate(c.schedule()):
         if "Mcycles" in (row := rows.get(str(i), {})):

@@ -75,6 +75,20 @@ def test_in_python_and_nothing_is_compiled_while_it_trains(tmp_path, monkeypatch
     assert counts["train_loss", 3] == counts["val_loss", 12]
 
 
+def test_a_step_begins_with_the_state_alone(tmp_path, monkeypatch):
+    """The gradients of the last one would take as much memory as the weights."""
+    monkeypatch.chdir(tmp_path)
+    held = lambda: sum(x.nbytes for x in jax.live_arrays())
+    begins, before = [], held()
+    c = train_gpt.Config(
+        **KEYS | {"bigram_rows": 8192}, steps=4, val_every=9, save_every=9, run="a"
+    )
+    train_gpt.train(c, lambda step: begins.append(held() - before))
+    like = train_gpt.program(c, train_gpt.sharding.make_mesh("")).like
+    state, weights = (sum(x.size for x in jax.tree.leaves(t)) * 4 for t in (like, like["params"]))
+    assert state <= min(begins) and max(begins) < state + weights / 2, (begins, state, weights)
+
+
 def test_loss_falls(finished):
     rows = (finished[0] / "runs/a/metrics.csv").read_text().splitlines()[1:]
     losses = [float(row.split(",")[3]) for row in rows if "val_loss" in row]
