@@ -51,10 +51,8 @@ class Launch(subprocess.Popen):
     def __init__(self, folder, *args):
         out, err = (folder / "out").open("w"), (folder / "err").open("w")
         env = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "TMPDIR": str(folder)}
-        command = [project(folder) / "launch", *args]
-        default = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's tests ignore it
-        more = {"env": env, "start_new_session": True, "preexec_fn": default}
-        super().__init__(command, stdout=out, stderr=err, **more)
+        command = ["env", "--default-signal=HUP", project(folder) / "launch", *args]  # nohup's not
+        super().__init__(command, stdout=out, stderr=err, env=env, start_new_session=True)
         self.out, self.err = (folder / "out").read_text, (folder / "err").read_text
 
     def until(self, word, times):
