@@ -23,7 +23,7 @@ import hlo
 import sharding
 import tool
 import train_gpt
-from plan import table
+from plan import held, table
 
 # Dense bfloat16 FLOP/s by JAX's device_kind, from the makers' data sheets. H100 and H200 with other
 # words behind (PCIe, NVL) are slower than these SXM ones, so they are unknown.
@@ -39,9 +39,6 @@ peak = lambda kind: next((n for name, n in PEAKS.items() if re.fullmatch(name, k
 LEGEND = """compile s: both programs, at once, no cache. step ms: median of 10, waited for.
 MFU: of the bfloat16 peak, 6 FLOPs per token and matmul parameter, 12 per token, layer, channel
 and key in the window. peak GiB: so far (device), or as planned (compiler)."""
-held = lambda tree: sum(  # bytes per device
-    prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-)
 
 
 def flops_per_token(c, p, stage: int) -> float:

@@ -24,8 +24,7 @@ import model
 import sharding
 import tool
 import train_gpt
-from bench import held
-from plan import programs
+from plan import held, programs
 
 H100 = """platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
 dnn_version_info { major: 9 minor: 12 patch: 0 } runtime_version { major: 13 } gpu_device_info {
@@ -36,8 +35,6 @@ block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
 device_memory_size: 84942979072
 cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES } }"""
-
-
 NAMES = r"%([\w.-]+)"
 
 

@@ -45,6 +45,11 @@ FLOPs at {UTILISATION:.0%} of the peak. Collectives are counted, not timed.
 tokens/s and cycles/token: of whole steps, with the update."""
 
 
+held = lambda tree: sum(  # bytes per device
+    prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+)
+
+
 def slice_of(topology: str) -> tuple[list, Chip]:
     """The devices of a slice such as v5e:2x4. Raises InputError."""
     library, (kind, _, shape) = os.environ.get("TPU_LIBRARY_PATH"), topology.partition(":")
@@ -109,14 +114,10 @@ def measure(name: str, lower, chip: Chip) -> tuple[dict, Counter]:
 
 def finish(c, p, rows: dict):
     """Adds to the rows what depends on other programs: memory, and whole steps of the stages."""
-    gib = lambda tree: sum(
-        prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize / 2**30
-        for leaf in jax.tree.leaves(tree)
-    )
-    state, params, code = gib(p.like), gib(p.like["params"]), "generated_code"
+    besides, code = (held(p.like) - held(p.like["params"])) / 2**30, "generated_code"
     for name, row in rows.items():
         row["resident"] = sum(other.get(code, 0) for other in rows.values()) - row.get(code, 0)
-        row["resident"] += 0 if name == "update" else state - params
+        row["resident"] += 0 if name == "update" else besides
         row["peak"] += row["resident"]
     for i, (*_, stage) in enumerate(c.schedule()):
         if "Mcycles" in (row := rows.get(str(i), {})):

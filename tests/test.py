@@ -5,20 +5,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import tool
-from sharding import InputError
-
-
-def main(argv: list[str]):
-    if missing := [name for name in ("pytest", "xdist") if not find_spec(name)]:
-        raise InputError(f"{sys.executable} has no {missing[0]}: pip install pytest-xdist")
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.execv(
-        sys.executable, [sys.executable, "-m", "pytest", "-q", str(Path(__file__).parent), *argv]
-    )
-
-
 if __name__ == "__main__":
-    tool.run(main)
+    for name in ("pytest", "xdist"):
+        if not find_spec(name):
+            print(f"{sys.executable} has no {name}: pip install pytest-xdist", file=sys.stderr)
+            sys.exit(2)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    command = [sys.executable, "-m", "pytest", "-q", str(Path(__file__).parent), *sys.argv[1:]]
+    os.execv(sys.executable, command)

@@ -271,9 +271,17 @@ def test_without_a_network_one_line_of_launch_says_so(tmp_path):
     assert machine.installs() == [*NEEDS, *TESTS]
 
 
-def test_the_command_test_runs_pytest_on_the_cpu():
-    """Here launch's own test of the line above: the file and the words go to pytest."""
+def test_the_command_test_runs_pytest():
     env = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
-    command = [ROOT / "launch", "test", "-n0", "-k", "six_files or no_other_product_file"]
+    command = [ROOT / "launch", "test", "-n0", "-k", "no_other_product_file"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_pytest_gets_all_words_and_the_cpu():
+    code = "import os, runpy; "
+    code += "os.execv = lambda path, argv: print(*argv, os.environ['JAX_PLATFORMS']); "
+    code += f"runpy.run_path('{ROOT}/tests/test.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, "-k", "a b"], capture_output=True, text=True)
+    assert done.stdout == f"{sys.executable} -m pytest -q {ROOT}/tests -k a b cpu\n", done.stderr
+    assert done.returncode == 0
