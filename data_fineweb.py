@@ -18,17 +18,16 @@ SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # of th
 
 
 def read_shard(path: Path, vocab: int, repo: str = "") -> np.ndarray:
-    """Tokens (n,) uint16, mapped, of a shard of modded-nanogpt; from the hub if it is not here."""
+    """Tokens (n,) uint16, mapped, of a shard, if need be from the hub. Raises DataError."""
     if repo and not path.exists():
         try:
             hf_hub_download(repo, path.name, repo_type="dataset", local_dir=path.parent)
         except Exception as error:  # of several HTTP libraries
             raise DataError(f"{path}: no download: {' '.join(str(error).split())}") from error
     header, room = np.fromfile(path, "<i4", 256), (path.stat().st_size - 1024) // 2
-    if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-        raise DataError(f"{path}: not a token shard: too short, or wrong magic number or version")
-    if not 0 < header[2] <= room:
-        raise DataError(f"{path}: the header says {header[2]} tokens, {room} are there: cut off?")
+    if len(header) < 256 or [*header[:2]] != [20240520, 1] or not 0 < header[2] <= room:
+        says = f"{header[:3].tolist()}, not [20240520, 1, 1 to {room}]: cut off?"
+        raise DataError(f"{path}: not a token shard: magic number, version and tokens are {says}")
     tokens = np.memmap(path, "<u2", "r", 1024, (int(header[2]),))
     if tokens.max() >= vocab:
         raise DataError(f"{path}: token {tokens.max()} is outside the vocabulary of {vocab}")
@@ -45,6 +44,8 @@ def open_corpus(data: str, vocab: int, bos: int, cache: Path = Path("data")) -> 
     val, train = (sorted(root.glob(f"*_{part}_*.bin")) for part in ("val", "train"))
     if val and train:
         return Corpus(train, val[0], bos, partial(read_shard, vocab=vocab))
+    if bos < (least := 256 if vocab <= 50256 else 50256):  # else it is a token of the texts
+        raise DataError(f"--bos={bos}: --vocab={vocab} takes --bos={least} or more for texts")
     mine, endings = data != "stdlib", (".txt",) if data != "stdlib" else (".py", ".txt")
     found = [p for p in [root, *sorted(root.rglob("*"))] if p.suffix in endings and p.is_file()]
     names = [p.relative_to(root if root.is_dir() else root.parent) for p in found]
@@ -74,12 +75,14 @@ def encode(text: bytes, vocab: int) -> np.ndarray:
     if vocab <= 50256:
         return np.frombuffer(text, np.uint8)
     gpt2 = tiktoken.get_encoding("r50k_base")
-    return np.array(gpt2.encode_ordinary(text.decode(errors="replace")), np.uint16)
+    return gpt2.encode_to_numpy(text.decode(errors="replace"), disallowed_special=()).astype("u2")
 
 
 def plan(corpus: Corpus, steps) -> list:
-    """For steps of (row tokens, max_doc, rows): of each a function, slice of rows -> `batch`."""
+    """For steps of (row tokens, max_doc, rows): of each a function, slice -> those of its rows."""
     # Documents, cut at max_doc, till the row is full; a shard's tail is dropped, as in the record.
+    cut = lambda tokens, row: np.concatenate([tokens[i] for i in row])
+    batch = lambda tokens, step, rows: np.stack([cut(tokens, row) for row in step[rows]])
     planned = []
     for tokens in map(corpus.read, corpus.train):
         step, n = [[]], 0  # rows, tokens in the last of them
@@ -97,14 +100,10 @@ def plan(corpus: Corpus, steps) -> list:
     raise DataError(f"training data lasts {len(planned)} of {len(steps)} steps: fewer --steps?")
 
 
-def batch(tokens, pieces: list, rows: slice) -> np.ndarray:
-    """Some rows of a planned step, (rows, row tokens + 1) uint16, token for token the record's."""
-    return np.stack([np.concatenate([tokens[i] for i in row]) for row in pieces[rows]])
-
-
-def validation(corpus: Corpus, tokens: int, row_tokens: int) -> np.ndarray:
+def validation(corpus: Corpus, tokens: int, row_tokens: int, split: int = 1) -> np.ndarray:
     """The first held-out tokens as whole rows (n, row_tokens + 1), not aligned to documents."""
     held_out = corpus.read(corpus.val)[: tokens + 1]
     if len(held_out) <= row_tokens:
         raise DataError(f"validation: no row of --val_row_tokens in {len(held_out)} tokens")
-    return np.lib.stride_tricks.sliding_window_view(held_out, row_tokens + 1)[::row_tokens]
+    rows = np.lib.stride_tricks.sliding_window_view(held_out, row_tokens + 1)[::row_tokens]
+    return rows[: len(rows) // split * split or None]  # devices share them evenly

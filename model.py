@@ -1,7 +1,7 @@
 """The network of record #77: the table of its parameters, and from tokens to loss and text.
 
 B batch rows  T row tokens  D width  H heads  K head size  F ffn (4 D)  V vocabulary  R bigram rows
-L layers  A attention layers  E value embeddings  G gate inputs  M predicted tokens (MTP)"""
+L layers  A attention layers  E value embeddings  G gate inputs  P heads in one sequence"""
 
 import math
 import zlib
@@ -17,8 +17,9 @@ from jax.nn.initializers import constant, normal
 import sharding
 
 G = 12  # gates read the first dims of the stream (record 28)
-# A weight: shape, logical axes (see sharding.RULES), start, factors of its group's rate and decay.
-Param = namedtuple("Param", "shape axes init lr wd betas", defaults=(1, ()))  # no betas: Muon's
+# A weight: shape, logical axes (sharding.RULES), start, factors of rate and decay; no betas: Muon's
+Param = namedtuple("Param", "shape axes init lr wd betas bits", defaults=(1, (), 23))  # mantissa
+rounded = lambda x, row: lax.reduce_precision(x, 8, row.bits)  # 7: as bf16, which the record keeps
 # Of a stage: windows (tokens seen before oneself), frequencies, scale of logits; kernel and device.
 View = namedtuple("View", "short long freqs scale attend chip", defaults=("",))  # "tpu TPU v4"
 
@@ -32,20 +33,20 @@ def param_table(c) -> dict:
     A, E = sum("k" not in kind for kind in kinds), max(1, sum("v" in kind for kind in kinds))
     bank = lambda *args: 3**0.5 * 0.5 * D**-0.5 * jax.random.uniform(*args, minval=-1.0)
     quick, slow, words, tables = (0.9, 0.95), (0.9, 0.99), (0.5, 0.95), (0.75, 0.95)
-    values = [f"value{i}" for i in range(E)]
+    values, bits = [f"value{i}" for i in range(E)], 23 if c.float32 else 7
     return {
         "qkv": Param((A, 3, D, D), (None, None, "heads", "embed"), bank, 1),
         "out": Param((A, D, D), (None, "embed", "heads"), bank, 1),  # as V, not zero: record 64
         "up": Param((L, F, D), (None, "ffn", "embed"), bank, 2),
         "down": Param((L, F, D), (None, "ffn", "embed"), constant(0), 4),
-        "head": Param((V, D), ("vocab", "embed"), normal(0.005), 1, 150, words),
-        "embed": Param((V, D), (None, "table"), normal(0.005), 1, 150, words),
-        **dict.fromkeys(values, Param((V, D), (None, "table"), normal(0.01), 75, 5, tables)),
-        "bigram": Param((R, D), (None, "table"), constant(0), 75, 5, tables),
-        "attn_gate": Param((A, H, G), (None, "heads", None), constant(0), 1, 1, slow),
-        "value_gate": Param((E, H, G), (None, "heads", None), constant(0), 1, 1, slow),
-        "smear_gate": Param((1, G), (None, None), constant(0), 0.01, 0, slow),
-        "skip_gate": Param((1, G), (None, None), constant(0), 0.05, 0, slow),
+        "head": Param((V, D), ("vocab", "embed"), normal(0.005), 1, 150, words, bits),
+        "embed": Param((V, D), (None, "table"), normal(0.005), 1, 150, words, bits),
+        **dict.fromkeys(values, Param((V, D), (None, "table"), normal(0.01), 75, 5, tables, bits)),
+        "bigram": Param((R, D), (None, "table"), constant(0), 75, 5, tables, bits),
+        "attn_gate": Param((A, H, G), (None, "heads", None), constant(0), 1, 1, slow, bits),
+        "value_gate": Param((E, H, G), (None, "heads", None), constant(0), 1, 1, slow, bits),
+        "smear_gate": Param((1, G), (None, None), constant(0), 0.01, 0, slow, bits),
+        "skip_gate": Param((1, G), (None, None), constant(0), 0.05, 0, slow, bits),
         "qkv_scale": Param((L,), (None,), constant(0.5), 5, 0, slow),
         "out_scale": Param((L,), (None,), constant(1), 5, 0, slow),
         "smear": Param((), (), constant(0), 5, 0, slow),
@@ -61,7 +62,7 @@ def param_table(c) -> dict:
 def init(table: dict, key) -> dict:
     """Start values, float32; the embedding is the head, with which it is tied (record 51)."""
     seed = lambda name: jax.random.fold_in(key, zlib.crc32(name.encode()))
-    params = {name: row.init(seed(name), row.shape) for name, row in table.items()}
+    params = {n: rounded(row.init(seed(n), row.shape), row) for n, row in table.items()}
     return params | {"embed": params["head"]}
 
 

@@ -40,7 +40,7 @@ def make_mesh(layout: str, devices=None) -> Mesh:
     devices, sizes = devices or jax.devices(), dict.fromkeys(RULES["matrices"], 1)
     for word in (layout or f"fsdp:{len(devices)}").split(","):
         name, _, size = word.partition(":")
-        if name not in sizes or not size.isdigit() or int(size) < 1:
+        if name not in sizes or not size.isdecimal() or int(size) < 1:
             raise InputError(f"--mesh={layout}: '{word}' is not AXIS:SIZE, AXIS of {list(sizes)}")
         sizes[name] = int(size)
     n, kinds = int(np.prod(list(sizes.values()))), (AxisType.Auto,) * len(sizes)

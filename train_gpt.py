@@ -42,13 +42,13 @@ HINTS = {  # what errors of libraries say -> what to do
 }
 Result = namedtuple("Result", "val_loss train_time run_dir")  # nats, seconds, Path
 # End (part of all steps), tokens a step, longest document, windows, factor of rates; MTP, from, to.
-Stage = namedtuple("Stage", "end tokens max_doc short long lr mtp mtp_end")
-STAGES = {
-    "speedrun": (  # the last row is the extension: the learning rate is at its floor there
+Stage, FLOOR = namedtuple("Stage", "end tokens max_doc short long lr mtp mtp_end"), 0.15
+STAGES = {  # behind the second, head and embedding are untied; rates fall till a stage of FLOOR
+    "speedrun": (  # the last row is the record's extension
         Stage(483 / 1490, 131072, 896, 128, 384, 1.0, (1, 0.5, 0.25), (1, 0.5, 0)),
         Stage(967 / 1490, 262144, 2048, 384, 896, 1.52, (1, 0.5), (1, 0)),
         Stage(1450 / 1490, 393216, 2048, 640, 1408, 1.73, (1,), (1,)),
-        Stage(1, 393216, 2048, 768, 1664, 1.0, (1,), (1,)),
+        Stage(1, 393216, 2048, 768, 1664, FLOOR, (1,), (1,)),
     ),
     "smoke": (
         Stage(0.33, 768, 896, 16, 48, 1.0, (1, 0.5, 0.25), (1, 0.5, 0)),
@@ -62,7 +62,7 @@ keep=2 resume=true device=auto cpu_devices=1 float32=false fp8=false target=3.28
 rows=8 stages=speedrun layers=p,v,pv,ls,o,p,k,b,v,pv,lv width=768 heads=6 vocab=50304 bos=50256
 bigram_rows=251520 muon_lr=0.023 adam_lr=0.008 lr_fall=0.6 momentum_rise=0.2013423
 momentum_fall=0.033557047 val_tokens=10485760 val_row_tokens=262144 val_long=2560"""
-SMOKE = """data=stdlib device=cpu float32=true steps=460 val_every=460 device_rows=8 width=96
+SMOKE = """data=stdlib device=cpu float32=true steps=380 val_every=380 device_rows=8 width=96
 stages=smoke layers=pv,ls,k,b,lv heads=4 vocab=264 bos=256 bigram_rows=4096 muon_lr=0.08
 adam_lr=0.025 val_tokens=131072 val_row_tokens=8192 val_long=192"""
 PRESETS = {"speedrun": "", "smoke": SMOKE}
@@ -78,8 +78,9 @@ class Config(SimpleNamespace):
         values = like | words(PRESETS[preset]) | {choose("key", n, like): keys[n] for n in keys}
         super().__init__(**{name: typed(name, values[name], like[name]) for name in like})
         choose("stages", self.stages, STAGES)
-        if self.heads % 2 or self.width % (4 * self.heads) or self.bos >= self.vocab:
-            raise InputError("--heads must be even, --width 4 n of them, --bos less than --vocab")
+        odd = [self.heads % 2, self.width % (4 * self.heads), self.bos >= min(self.vocab, 2**16)]
+        if any(odd + [stage.tokens % self.rows for stage in STAGES[self.stages]]):
+            raise InputError("--heads must be even, --width 4 n such, --bos < --vocab, --rows 2**n")
 
     def schedule(self) -> list[tuple[int, int, Stage]]:  # (first step, end, stage) of each
         ends = [round(stage.end * self.steps) for stage in STAGES[self.stages]]
@@ -97,8 +98,8 @@ def choose(what: str, name: str, table):
 
 
 def typed(name: str, value, like: str):  # `value`, perhaps text, of the kind that `like` is
-    kinds = {"true or false": "(?i)true|false", "int above 0": r"[1-9]\d*", "int": r"\d{1,9}"}
-    kinds |= {"float": r"\d+(\.\d+)?(e-?\d+)?", "layers": "[bklopsv,]+", "text": "(?s).*"}
+    kinds = {"true or false": "(?i)true|false", "int above 0": r"[1-9]\d*", "int": r"(?!0.)\d{1,9}"}
+    kinds |= {"float": r"(?i)\d+(\.\d+)?(e[+-]?\d+)?", "layers": "[bklopsv,]+", "text": "(?s).*"}
     kind = next(kind for kind, form in kinds.items() if re.fullmatch(form, like))
     if not re.fullmatch(kinds[kind], str(value)):
         raise InputError(f"--{name}={value}: expected {kind}, like {like}")
@@ -106,7 +107,7 @@ def typed(name: str, value, like: str):  # `value`, perhaps text, of the kind th
 
 
 def program(c: Config, mesh) -> SimpleNamespace:
-    """The functions of a config on a mesh, and `like`, its state as shapes and places."""
+    """init, gradients, update, evaluate, bits, on a mesh; `like`: the state's shapes and places."""
     table, schedule, chip = model.param_table(c), c.schedule(), mesh.devices.flat[0]
     longs, dtype = [s.long for *_, s in schedule], jnp.float32 if c.float32 else jnp.bfloat16
     yarns = [model.yarn(c.width // c.heads, longs[: i + 1]) for i in range(len(longs))]
@@ -120,15 +121,15 @@ def program(c: Config, mesh) -> SimpleNamespace:
     jit = partial(jax.jit, compiler_options=options)  # 7% fewer bytes, 5% fewer cycles (predicted)
     views = [model.View(s.short, s.long, *yarn, *how) for (*_, s), yarn in zip(schedule, yarns)]
     views.append(views[-1]._replace(long=c.val_long))
-    scheduled, untie = schedule[-2][1], schedule[1][1] | 1  # untied after an Adam step
+    scheduled, untie = max(e for _, e, s in schedule if s.lr > FLOOR), schedule[1][1] | 1  # odd
     steps, start = np.arange(c.steps), int(scheduled * (1 - c.lr_fall))
     fall = np.clip((steps - start) / max(1, scheduled - start), 0, 1)
-    factor = np.array([schedule[c.stage(i)][2].lr for i in steps]) * (1 - fall) + 0.15 * fall
-    rise = np.minimum(steps / c.momentum_rise, (c.steps - steps) / c.momentum_fall) / c.steps
+    factor = np.array([schedule[c.stage(i)][2].lr for i in steps]) * (1 - fall) + FLOOR * fall
+    up = np.minimum(steps / (c.momentum_rise + 1e-9), (c.steps - steps) / c.momentum_fall) / c.steps
     at_step = lambda values: lambda step: jnp.asarray(values, jnp.float32)[step]
     some = lambda adam: {n: row for n, row in table.items() if bool(row.betas) == adam}
     rules = {"adam": muon.adam(some(True), at_step(c.adam_lr * factor))}
-    rates = at_step(c.muon_lr * factor), at_step(0.85 + 0.1 * np.clip(rise, 0, 1))
+    rates = at_step(c.muon_lr * factor), at_step(0.85 + 0.1 * np.clip(up, 0, 1))
     rules["muon"] = muon.normuon(some(False), *rates, dtype, partial(sharding.spread, mesh))
 
     def init(seed):
@@ -158,13 +159,12 @@ def program(c: Config, mesh) -> SimpleNamespace:
         return by_rows(local, (parts, cut, whole), (whole, parts))(params, rows, mtp)
 
     def update(state, grads):  # -> state, norm of the gradients
-        params, step = state["params"], state["step"]
-        shared = grads["head"] + grads["embed"]  # tied is to get equal gradients (51, 53)
+        params, step, new = state["params"], state["step"], {"step": state["step"] + 1}
+        shared = grads["head"] + grads["embed"]  # of both, for both, while they are tied (51, 53)
         tied = {n: jnp.where(step <= untie, shared, grads[n]) for n in ("head", "embed")}
-        new = {"step": step + 1}
         for name, rule in rules.items():
-            updates, new[name] = rule.update(grads | tied, state[name], params, step=step)
-            params = params | {n: params[n] + u for n, u in updates.items()}
+            moves, new[name] = rule.update(grads | tied, state[name], params, step=step)
+            params = params | {n: model.rounded(params[n] + x, table[n]) for n, x in moves.items()}
         return new | {"params": params}, jnp.sqrt(sum((g * g).sum() for g in grads.values()))
 
     def evaluate(params, rows, view):  # -> loss per token
@@ -208,6 +208,8 @@ class Journal:  # the console, log.txt, metrics.csv and TensorBoard of a run, of
             print(line, file=file, flush=True)
 
     def scalar(self, step: int, ms: float, name: str, value: float, show: bool = True):
+        if not np.isfinite(value):  # not written, so that the run is not done
+            raise InputError(f"step {step}: {name} {value}: the run is as last saved")
         if name.endswith("loss"):
             times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
             self.say(f"step:{step}/{self.c.steps} {name}:{value:.4f} {times}", show)
@@ -282,7 +284,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
     mesh, corpus = sharding.make_mesh(c.mesh), data_fineweb.open_corpus(c.data, c.vocab, c.bos)
     stages = [schedule[c.stage(step)][2] for step in range(c.steps)]
     plan = data_fineweb.plan(corpus, [(s.tokens // c.rows, s.max_doc, c.rows) for s in stages])
-    held_out = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
+    held_out = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens, c.rows)
     p = program(c, mesh)
     run.mkdir(parents=True, exist_ok=True)
     lock = (run / f".lock{jax.process_index()}").open("a")
@@ -297,17 +299,16 @@ def train(c: Config, stop=lambda step: False) -> Result:
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
     began, like, n = time.perf_counter(), p.like["params"], sharding.ways(mesh, "rows")
     each = f"{n} devices x {c.rows // n // (k := turns(c, c.rows // n))} row x {k} accumulation"
-    journal.say(f"{[s.tokens for *_, s in schedule]} tokens/step = {c.rows} rows = {each}")
-    journal.say(f"attention by {p.views[0].attend.__name__}{p.why}")
+    journal.say(f"{run}: {[s.tokens for *_, s in schedule]} tokens/step = {c.rows} rows = {each}")
     jobs = {"update": partial(p.update.lower, p.like, like)}
     for i in {c.stage(step) for step in range(first, c.steps)}:
         jobs["train", i] = partial(p.gradients.lower, like, batch(schedule[i][0]), 0, i)
     for i in {c.stage(k) for k in [*range(0, c.steps, c.val_every), c.steps] if k >= first}:
         jobs["val", i] = partial(p.evaluate.lower, like, val, i)
-    with ThreadPoolExecutor() as pool:
-        compiled = dict(zip(jobs, pool.map(lambda lower: lower().compile(), jobs.values())))
+    journal.say(f"attention by {p.views[0].attend.__name__}{p.why}; compiling {len(jobs)} programs")
+    compiled = dict(zip(jobs, ThreadPoolExecutor().map(lambda f: f().compile(), jobs.values())))
     ocp.multihost.get_barrier_sync_fn()(key="all have compiled", timeout_ms=3600_000)  # Gloo: 30 s
-    journal.say(f"compiled {len(jobs)} programs in {time.perf_counter() - began:.1f} s")
+    journal.say(f"compiled in {time.perf_counter() - began:.1f} s")
     for i in [key[1] for key in compiled if key[0] == "train"]:  # a first call takes longer
         jax.block_until_ready(compiled["train", i](state["params"], batch(schedule[i][0]), 0))
 
@@ -315,8 +316,6 @@ def train(c: Config, stop=lambda step: False) -> Result:
         loss, norm, at = float(loss), float(norm), 1000 * (spent + time.perf_counter() - began)
         journal.scalar(step, at, "train_loss", loss, step < 6 or step % -(-c.steps // 25) == 0)
         journal.scalar(step, at, "grad_norm", norm)
-        if not np.isfinite(loss + norm):
-            raise InputError(f"step {step}: loss {loss}, gradient {norm}: {run} is as last saved")
 
     pending, began = (), time.perf_counter()
     with lock, closing(manager), closing(journal.board):  # whatever comes, a begun save ends
@@ -331,15 +330,15 @@ def train(c: Config, stop=lambda step: False) -> Result:
                     need = 2**20 + 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
                     if (disk := os.statvfs(run)).f_bavail * disk.f_frsize < need:
                         raise InputError(f"{run}: disk full: a save takes {need / 1e6:.0f} MB")
-                    if step in manager.all_steps():  # one that could not be read
-                        manager.delete(step)
+                    for late in [n for n in manager.all_steps() if n >= step]:  # unreadable ones
+                        manager.delete(late)
                     meta = {"log": journal.log.tell(), "csv": journal.csv.tell()}
                     meta |= {"step": step, "train_time": spent, "bits": int(p.bits(state))}
                     manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=meta)
                 if stopped or last:  # safe before a line says that the run is done
                     manager.wait_until_finished()
                 if stopped and not last:
-                    journal.say(f"stopped after step {step}, saved: the same command goes on")
+                    journal.say(f"stopped after step {step}, saved: the same --run goes on, {run}")
                     sys.exit(75)
                 if validating:
                     val_loss = float(compiled["val", c.stage(step)](state["params"], val))
@@ -356,14 +355,15 @@ def train(c: Config, stop=lambda step: False) -> Result:
 def main(argv: list[str]):
     """Runs a command line. Raises InputError, DataError or OSError for what users can mend."""
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
-    if {"-h", "--help"} & {command, *argv}:
+    if command == "train" and {"-h", "--help"} & {*argv}:
         return print(__doc__, "Keys, with their defaults:", KEYS, sep="\n")
     if choose("command", command, COMMANDS) != "train":
         os.execv(sys.executable, [sys.executable, str(HERE / f"tests/{command}.py"), *argv])
     keys = dict((w if "=" in w else f"{w}=true").removeprefix("--").split("=", 1) for w in argv)
     if "preset" not in keys:
-        keys["preset"] = "speedrun" if accelerator() else "smoke"
-        print(f"preset {keys['preset']}, as this machine has {accelerator() or 'no GPU or TPU'}")
+        found = accelerator() if keys.get("device") != "cpu" else ""
+        keys["preset"] = "speedrun" if found else "smoke"
+        print(f"preset {keys['preset']}, as this machine has {found or 'no GPU or TPU'}")
     c, heard = Config(**keys), []  # the second signal stops at once
     signal(SIGTERM, lambda n, _: heard.append(signal(n, SIG_DFL)))
     signal(SIGINT, lambda n, _: signal(n, SIG_DFL) and raise_signal(SIGTERM))  # which JAX hears

@@ -89,7 +89,7 @@ def main(argv: list[str]):
     run = saved(keys)
     c, step = run.c, run.step
     corpus = data_fineweb.open_corpus(c.data, c.vocab, c.bos)
-    rows = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens)
+    rows = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens, c.rows)
     val = sharding.global_rows(run.mesh, rows.shape, rows.__getitem__)
     val_loss = float(run.p.evaluate(run.params, val, c.stage(step)))
     print(f"step:{step}/{c.steps} val_loss:{val_loss:.4f}")

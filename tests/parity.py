@@ -48,7 +48,7 @@ def config_of(spec: dict) -> train_gpt.Config:
                 max_doc=sizes["max_doc"][i],
                 short=short,
                 long=long,
-                lr=spec["lr_mul_stages"][i],
+                lr=[*spec["lr_mul_stages"][:-1], train_gpt.FLOOR][i],  # the last is the extension
                 mtp=tuple(first.tolist()),
                 mtp_end=tuple((first + slope * (end - start)).tolist()),
             )

@@ -46,8 +46,8 @@ def corpus(tmp_path):
         (shard_bytes([1, 2], magic=7), "magic"),
         (shard_bytes([1, 2], version=2), "version"),
         (shard_bytes([1, 2, 3], count=4), "cut off"),
-        (shard_bytes([], count=0), "0 tokens"),
-        (shard_bytes([1, 2], count=-5), "-5 tokens"),
+        (shard_bytes([], count=0), r"\[20240520, 1, 0\]"),
+        (shard_bytes([1, 2], count=-5), r"\[20240520, 1, -5\]"),
         (shard_bytes([1, 264, 2]), "token 264 is outside the vocabulary of 264"),
     ],
 )
@@ -105,6 +105,8 @@ def test_validation_is_contiguous_and_takes_whole_rows(corpus):
     held_out = data.read_shard(corpus.val, VOCAB)
     rows = data.validation(corpus, 10**6, 300)
     assert rows.shape == (6, 301)
+    for split, n in ((2, 6), (4, 4), (8, 6)):  # for so many devices, where there is enough
+        assert (data.validation(corpus, 10**6, 300, split) == rows[:n]).all()
     assert (rows[:, :-1].ravel() == held_out[:1800]).all() and (rows[:-1, -1] == rows[1:, 0]).all()
     with pytest.raises(data.DataError, match="no row"):
         data.validation(corpus, 10**6, 3000)
@@ -152,6 +154,13 @@ def test_texts_of_any_kind(tmp_path):
             data.open_corpus(str(tmp_path / name), VOCAB, BOS)
     with pytest.raises(data.DataError, match="fineweb10B"):
         data.open_corpus("finweb10B", VOCAB, BOS)
+
+
+@pytest.mark.parametrize("vocab, bos, least", [(264, 200, 256), (50304, 256, 50256)])
+def test_the_start_of_a_document_is_no_token_of_the_texts(tmp_path, vocab, bos, least):
+    (tmp_path / "a.txt").write_text("words " * 500)
+    with pytest.raises(data.DataError, match=f"--vocab={vocab} takes --bos={least} or more"):
+        data.open_corpus(str(tmp_path), vocab, bos)
 
 
 def test_gpt2_tokens(monkeypatch):

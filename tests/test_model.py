@@ -83,6 +83,48 @@ def test_every_parameter_has_one_updater(preset):
         assert round(sum(sizes.values()) / 1e6) == 539
 
 
+def test_what_the_record_keeps_in_bf16_is_rounded_after_each_update_and_no_more():
+    c = train_gpt.Config(preset="smoke", **TINY, float32="false")
+    p = train_gpt.program(c, ONE)
+    before, state = p.init(0)["params"], p.init(0)
+    for i in range(2):  # Adam acts in the second
+        keys = jax.random.split(jax.random.key(i), len(before))
+        grads = {n: jax.random.normal(k, x.shape) for k, (n, x) in zip(keys, before.items())}
+        state, _ = p.update(state, grads)
+    exact = lambda x: bool((x == x.astype(jnp.bfloat16).astype(jnp.float32)).all())
+    after = state["params"]
+    assert all((after[n] != before[n]).any() for n in after)
+    gates = {n for n in after if n.endswith("_gate")}
+    tables = {n for n in after if n.startswith("value") or n in ("head", "embed", "bigram")}
+    assert len(gates) == 4 and gates <= tables | gates == {n for n in after if exact(after[n])}
+    assert {n for n in before if exact(before[n])} >= tables | gates
+    row = model.param_table(C)["head"]
+    assert row.bits == 23 and not exact(model.init({"head": row}, jax.random.key(0))["head"])
+
+
+def test_the_rates_fall_till_the_extension_or_the_end(monkeypatch):
+    seen, adam = [], train_gpt.muon.adam
+    monkeypatch.setattr(train_gpt.muon, "adam", lambda *x: seen.append(x[1]) or adam(*x))
+    for preset in ("speedrun", "smoke"):
+        c = train_gpt.Config(preset=preset)
+        train_gpt.program(c, ONE)
+        rates = np.array(seen.pop()(jnp.arange(c.steps))) / c.adam_lr
+        end = 1450 if preset == "speedrun" else c.steps
+        start = int(end * 0.4)
+        assert (rates[end:] - 0.15 < 1e-6).all() and len(rates[end:]) == c.steps - end
+        assert abs(rates[start] - 1.52) < 1e-6 and rates[0] == 1
+        assert abs(rates[end - 1] - 0.15 - (1.73 - 0.15) / (end - start)) < 1e-5
+
+
+def test_no_warm_up_of_the_momentum(monkeypatch):
+    """A rise of no length is not 0 / 0 in the first step."""
+    seen, normuon = [], train_gpt.muon.normuon
+    monkeypatch.setattr(train_gpt.muon, "normuon", lambda *x: seen.append(x[2]) or normuon(*x))
+    train_gpt.program(with_keys(C, momentum_rise="0.0"), ONE)
+    momentum = np.array(seen[0](jnp.arange(C.steps)))
+    assert np.isfinite(momentum).all() and (momentum[1:300] == np.float32(0.95)).all()
+
+
 def test_state_is_split_over_fsdp():
     """With 8 ways a device holds an eighth of parameters and optimizer state, within 10%."""
     p = train_gpt.program(C, sharding.make_mesh("fsdp:8"))

@@ -1,5 +1,6 @@
 """sample, eval and plot: what they say of a run, and what they refuse."""
 
+import ast
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ import sample
 import sharding
 import tool
 import train_gpt
-from commands import ONE_LAYER, run, run_all
+from commands import ONE_LAYER, ROOT, run, run_all
 
 TINY = [*ONE_LAYER, "--steps=4", "--val_every=2", "--run=a"]
 SPEED = re.compile(r"\d+ tokens in \d+\.\d\d s, \d+ tokens/s without compiling\n")
@@ -53,6 +54,14 @@ def test_eval_says_the_loss_of_the_log_and_the_accuracy_on_hellaswag(folder, tmp
     assert done.stdout.split()[0:2] == last.split()[0:2], (done.stdout, done.stderr, last)
     said = re.search(r"^hellaswag: (\d) of 5 right, accuracy (0\.\d{4})$", done.stdout, re.M)
     assert said and int(said[1]) in (1, 2) and float(said[2]) == int(said[1]) / 5, done.stdout
+
+
+@pytest.mark.parametrize("name", ["sample", "eval", "record", "plot", "plan", "bench"])
+def test_help_is_the_commands_own(tmp_path, name):
+    done = run(tmp_path, name, "--help")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    said = ast.get_docstring(ast.parse((ROOT / f"tests/{name}.py").read_text()), clean=False)
+    assert done.stdout.strip() == said.strip()
 
 
 def test_a_training_ends_with_a_sample(unfinished):

@@ -173,8 +173,10 @@ def test_what_the_user_can_mend_is_one_line_and_2(tmp_path, args, says):
         ("steps", "-1", "expected int above 0"),
         ("steps", "1.5", "expected int above 0"),
         ("heads", "3", "--heads must be even"),
-        ("width", "30", "--width 4 n of them"),
-        ("bos", "300", "--bos less than --vocab"),
+        ("width", "20", "--width 4 n such"),
+        ("bos", "300", "--bos < --vocab"),
+        ("rows", "6", "--rows 2**n"),
+        ("seed", "01", "expected int"),
         ("layers", "x,z", "expected layers"),
         ("seed", str(2**40), "expected int"),
         ("seed", "-1", "expected int"),
@@ -189,9 +191,24 @@ def test_values_that_no_training_can_have_are_refused(name, value, says):
     assert "\n" not in str(error.value)
 
 
+def test_the_cpu_asked_for_on_a_machine_with_a_gpu_gets_the_small_preset(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(train_gpt, "accelerator", lambda: "GPU")
+    monkeypatch.setattr(train_gpt, "train", lambda c, stop: seen.append(c.preset) or 1 / 0)
+    monkeypatch.setattr(train_gpt, "signal", lambda *args: None)
+    for args in (["--device=cpu"], [], ["--device=gpu"]):
+        with pytest.raises(ZeroDivisionError):
+            train_gpt.main(args)
+    assert seen == ["smoke", "speedrun", "speedrun"]
+    assert "as this machine has GPU" in capsys.readouterr().out
+
+
 def test_values_and_their_texts_are_the_same_config():
     c = train_gpt.Config(preset="smoke", seed="7", muon_lr="1e-3", fp8="True", layers="p,v")
     assert c == train_gpt.Config(preset="smoke", seed=7, muon_lr=0.001, fp8=True, layers="p,v")
+    assert c.muon_lr == train_gpt.Config(preset="smoke", muon_lr="1E-3").muon_lr
+    large = train_gpt.Config(preset="smoke", adam_lr="1e30")
+    assert large == train_gpt.Config(**vars(large))  # Python writes it as 1e+30
     assert c == train_gpt.Config(**vars(c)) and type(c.seed) is int and c.fp8 is True
 
 
@@ -207,7 +224,7 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(finished, tmp_path,
             assert p.poll() is None
         p.send_signal(number)
         said = p.communicate(timeout=120)
-    assert p.returncode == 75 and "saved: the same command goes on" in said[0], said
+    assert p.returncode == 75 and "saved: the same --run goes on, runs/a" in said[0], said
     assert run(tmp_path, *ARGS).returncode == 0
     assert same(tmp_path, finished[0])
 
@@ -331,7 +348,30 @@ def test_resume_false_starts_over_under_another_name(finished, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     done = run(tmp_path, *ARGS, "--adam_lr=1e30")
-    assert done.returncode == 2 and re.match(r"step \d+: loss", done.stderr), done.stderr
+    assert done.returncode == 2 and re.match(r"step \d+: train_loss nan", done.stderr), done.stderr
+
+
+def test_a_run_whose_last_loss_is_not_finite_is_not_done(tmp_path):
+    args = [*ARGS, "--steps=2", "--adam_lr=1e30"]
+    for done in (run(tmp_path, *args), run(tmp_path, *args)):
+        assert done.returncode == 2 and "step 2: val_loss nan" in done.stderr, done.stderr
+        assert "step:2/2 val_loss" not in done.stdout
+
+
+def test_a_save_is_made_where_a_later_checkpoint_cannot_be_read(tmp_path, monkeypatch):
+    """Orbax, asked for an earlier one, keeps to what it has."""
+    monkeypatch.chdir(tmp_path)
+    c = train_gpt.Config(**KEYS, steps=12, val_every=99, save_every=4, run="a")
+    steps = lambda: sorted(int(path.name) for path in (tmp_path / "runs/a/checkpoints").iterdir())
+    with pytest.raises(SystemExit):
+        train_gpt.train(c, lambda step: step == 11)
+    assert steps() == [8, 11]
+    for path in (tmp_path / "runs/a/checkpoints/11/default").rglob("*"):
+        path.write_bytes(b"damaged") if path.is_file() else None
+    with pytest.raises(SystemExit):
+        train_gpt.train(c, lambda step: step == 9)
+    assert steps() == [8, 9]
+    assert np.isfinite(train_gpt.train(c).val_loss) and steps() == [9, 12]
 
 
 FAILS = f"""import sys

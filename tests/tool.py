@@ -1,8 +1,11 @@
 """What the tools behind the commands share: keys from a command line, and errors in one line."""
 
 import csv
+import os
 import sys
 from pathlib import Path
+
+import jax
 
 import train_gpt
 from sharding import InputError
@@ -36,11 +39,18 @@ def write_csv(path: str, rows: list[dict]):
 
 
 def run(main):
-    """Ends Python with main(arguments)'s status; what the user can mend is one line and 2."""
+    """Ends Python with main(arguments)'s status; what the user can mend is one line and 2. With
+    --help it is what the file says of itself."""
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        sys.exit(print(sys.modules["__main__"].__doc__))
     try:
         sys.exit(main(sys.argv[1:]))
     except Exception as error:  # DataError is the same as InputError
         hints = [hint for word, hint in train_gpt.HINTS.items() if word in str(error)]
         if not (hints or isinstance(error, (InputError, OSError))):
             raise
-        sys.exit(print(*hints[:1], line(error), file=sys.stderr) or 2)
+        print(*hints[:1], line(error), file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        if jax.distributed.is_initialized():  # whose end would wait, for minutes, for the others
+            os._exit(2)
+        sys.exit(2)
