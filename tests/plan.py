@@ -74,7 +74,8 @@ def programs(c, p, mesh) -> dict:
         at = sharding.placed(mesh, ["rows"], [n], "batch")
         return jax.ShapeDtypeStruct((n, tokens + 1), np.uint16, sharding=at)
 
-    jobs, val = {}, rows(c.val_tokens // c.val_row_tokens, c.val_row_tokens)
+    n = c.val_tokens // c.val_row_tokens  # as many as data_fineweb.validation takes of them
+    jobs, val = {}, rows(n // c.rows * c.rows or n, c.val_row_tokens)
     for i in sorted({c.stage(step) for step in range(c.steps)}):
         batch = rows(c.rows, schedule[i][2].tokens // c.rows)
         jobs[str(i)] = partial(p.gradients.lower, params, batch, 0, i)

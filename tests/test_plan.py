@@ -8,10 +8,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import data_fineweb
 import hlo
 import plan
+import sharding
 import train_gpt
 from sharding import InputError
 
@@ -143,3 +146,14 @@ def test_what_the_user_can_mend_is_one_line(monkeypatch):
     for argv, what in (["--topology=v9:2x4"], "v9:2x4"), (["--widht=3"], "width"):
         with pytest.raises(InputError, match=what):
             plan.main(argv)
+
+
+@pytest.mark.parametrize("rows, planned", [(8, 40), (16, 32), (64, 40)])
+def test_validation_is_planned_with_the_rows_it_takes(rows, planned):
+    c, tokens = train_gpt.Config(rows=rows, val_tokens=4000, val_row_tokens=100), np.zeros(4001)
+    corpus = data_fineweb.Corpus([], tokens, c.bos, lambda tokens: tokens)
+    mesh = sharding.make_mesh("fsdp:1")
+    jobs = plan.programs(c, train_gpt.program(c, mesh), mesh)
+    at = [job.args[1].shape for name, job in jobs.items() if name.startswith("val")]
+    taken = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens, c.rows).shape
+    assert set(at) == {(planned, 101)} == {taken}
