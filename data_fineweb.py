@@ -101,7 +101,7 @@ def plan(corpus: Corpus, steps) -> list:
 
 
 def validation(corpus: Corpus, tokens: int, row_tokens: int, split: int = 1) -> np.ndarray:
-    """The first held-out tokens as whole rows (n, row_tokens + 1), not aligned to documents."""
+    """The first held-out tokens, (n, row_tokens + 1), not aligned to documents; split divides n."""
     held_out = corpus.read(corpus.val)[: tokens + 1]
     if len(held_out) <= row_tokens:
         raise DataError(f"validation: no row of --val_row_tokens in {len(held_out)} tokens")

@@ -27,8 +27,8 @@ def start_processes():
     """Joins those of a job, by torchrun's variables or what JAX knows: SLURM, MPI, TPU pods."""
     if int(environ.get("WORLD_SIZE", 1)) > 1:  # on MASTER_PORT torchrun itself may listen
         address = f"{environ['MASTER_ADDR']}:{int(environ['MASTER_PORT']) + 1}"
-        ranks = (int(environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
-        return jax.distributed.initialize(address, *ranks)
+        ranks = (int(environ[n]) for n in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if n in environ)
+        return jax.distributed.initialize(address, *ranks)  # no LOCAL_RANK: all of its host
     with suppress(ValueError, OSError):  # so it is none
         jax.distributed.initialize()
         if environ.get("SLURM_TASKS_PER_NODE", "").partition("(")[0] == "1":  # JAX takes one GPU

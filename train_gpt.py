@@ -62,9 +62,9 @@ keep=2 resume=true device=auto cpu_devices=1 float32=false fp8=false target=3.28
 rows=8 stages=speedrun layers=p,v,pv,ls,o,p,k,b,v,pv,lv width=768 heads=6 vocab=50304 bos=50256
 bigram_rows=251520 muon_lr=0.023 adam_lr=0.008 lr_fall=0.6 momentum_rise=0.2013423
 momentum_fall=0.033557047 val_tokens=10485760 val_row_tokens=262144 val_long=2560"""
-SMOKE = """data=stdlib device=cpu float32=true steps=380 val_every=380 device_rows=8 width=96
-stages=smoke layers=pv,ls,k,b,lv heads=4 vocab=264 bos=256 bigram_rows=4096 muon_lr=0.08
-adam_lr=0.025 val_tokens=131072 val_row_tokens=8192 val_long=192"""
+SMOKE = """data=stdlib device=cpu float32=true steps=420 val_every=420 device_rows=8 width=96
+stages=smoke layers=pvs,k,b,lv heads=2 vocab=264 bos=256 bigram_rows=4096 muon_lr=0.08
+adam_lr=0.015 val_tokens=131072 val_row_tokens=8192 val_long=192"""
 PRESETS = {"speedrun": "", "smoke": SMOKE}
 # Turns that a device takes for its n rows, device_rows at once.
 turns = lambda c, n: next((k for k in range(1, n) if n % k == 0 and n // k <= c.device_rows), n)
@@ -190,7 +190,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
 
 class Journal:  # the console, log.txt, metrics.csv and TensorBoard of a run, of process 0
     def __init__(self, run: Path, c: Config, meta: dict):
-        self.c, self.first = c, jax.process_index() == 0
+        self.c, self.run, self.first = c, run, jax.process_index() == 0
         run = run if self.first else Path(tempfile.mkdtemp())  # where nobody looks
         self.board = Writer(f"{run}/tensorboard")
         self.log, self.csv = ((run / name).open("a") for name in ("log.txt", "metrics.csv"))
@@ -209,7 +209,7 @@ class Journal:  # the console, log.txt, metrics.csv and TensorBoard of a run, of
 
     def scalar(self, step: int, ms: float, name: str, value: float, show: bool = True):
         if not np.isfinite(value):  # not written, so that the run is not done
-            raise InputError(f"step {step}: {name} {value}: the run is as last saved")
+            raise InputError(f"{self.run}: step {step}: {name} {value}: the run is as last saved")
         if name.endswith("loss"):
             times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
             self.say(f"step:{step}/{self.c.steps} {name}:{value:.4f} {times}", show)

@@ -348,7 +348,8 @@ def test_resume_false_starts_over_under_another_name(finished, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     done = run(tmp_path, *ARGS, "--adam_lr=1e30")
-    assert done.returncode == 2 and re.match(r"step \d+: train_loss nan", done.stderr), done.stderr
+    says = r"runs/a: step \d+: train_loss nan: the run is as last saved\n"
+    assert done.returncode == 2 and re.fullmatch(says, done.stderr), done.stderr
 
 
 def test_a_run_whose_last_loss_is_not_finite_is_not_done(tmp_path):
