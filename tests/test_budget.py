@@ -1,6 +1,7 @@
 """The user's limits: 1000 lines of product code, 100 columns, six files."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import train_gpt
@@ -23,8 +24,6 @@ def test_launch_is_sound_bash_and_passes_on_arguments_and_status(tmp_path):
     subprocess.run(["bash", "-n", ROOT / "launch"], check=True)
     (tmp_path / "launch").write_text((ROOT / "launch").read_text())
     (tmp_path / "train_gpt.py").write_text("import sys; print(sys.argv[1:]); sys.exit(75)")
-    import sys
-
     env = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
         ["bash", tmp_path / "launch", "train", "--a=b c"], env=env, capture_output=True, text=True

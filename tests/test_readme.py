@@ -80,6 +80,23 @@ def test_no_command_is_passed_over():
     assert any("--meshes" in word for words in found for word in words)
 
 
+def test_every_link_and_picture_is_there():
+    found = [
+        (path, name)
+        for path in [ROOT / "README.md", *ROOT.glob("records/*/README.md")]
+        for name in re.findall(r"\]\(([^):]+)\)", path.read_text())
+    ]
+    assert len(found) >= 3
+    assert [name for path, name in found if not (path.parent / name).is_file()] == []
+
+
+def test_the_shipped_record_is_what_the_readme_says():
+    (folder,) = (path for path in ROOT.glob("records/*") if path.is_dir())
+    logs = [path.read_text() for path in sorted(folder.glob("seed*.txt"))]
+    losses = [float(re.findall(r"^step:(\d+)/\1 val_loss:(\S+)", log, re.M)[-1][1]) for log in logs]
+    assert f"| {sum(losses) / len(losses):.3f} nats per byte" in README and len(losses) == 3
+
+
 def changed(source: str, diff: str) -> str:
     for hunk in re.split(r"^@@.*\n", diff, flags=re.M):
         old = "".join(line[1:] for line in hunk.splitlines(True) if line[0] in " -")
