@@ -57,7 +57,7 @@ def test_no_token_sees_the_future(weights):
 
 def test_documents_do_not_see_each_other(weights):
     """But for smear, the bigram and the key shift of long layers, which look one token back."""
-    w, c = weights | {"smear": jnp.zeros(())}, with_keys(C, layers="pv,s,k,b,v")
+    w, c = weights | {"smear": jnp.zeros(())}, with_keys(C, layers="pvs,k,b,v")
     tokens = FIRST.at[0, 32].set(C.bos)
     other = tokens.at[0, :31].set((tokens[0, :31] + 7) % 256)
     q = lambda ids: features(w, ids, c, VIEW)[0]
