@@ -81,15 +81,17 @@ root = lambda x: lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=T
 norm = lambda x: (x * root(x)).astype(x.dtype)
 # Sum of scalar * array, in float32, rounded once; x (..., T, D) of the token before.
 mix = lambda *terms: sum(a * x.astype(jnp.float32) for a, x in terms).astype(terms[0][1].dtype)
+# On a TPU a product with 1 lays (..., D) out for what follows faster than a copy that XLA makes.
+laid = lambda x, tpu: lax.optimization_barrier(x) @ np.eye(len(x.T), dtype=x.dtype) if tpu else x
 shift = lambda x: jnp.pad(x[..., :-1, :], [(0, 0)] * (x.ndim - 2) + [(1, 0), (0, 0)], "edge")
 
 
-def rotary(x, theta, row, view):
-    """Turns the halves of heads (B, H, T, K) by theta (P, T, K/2), head h by theta[row[h]]."""
+def rotary(x, theta, odd, view):
+    """Turns the halves of heads (B, H, T, K) by theta (P, T, K/2), the odd ones by the last."""
     half, eye = x.shape[-1] // 2, np.eye(x.shape[-1], dtype=x.dtype)
     other = x @ np.roll(eye, half, 0) if "tpu" in view.chip else jnp.roll(x, half, -1)  # as lookup
     cos, sin = jnp.tile(jnp.cos(theta), 2), jnp.concatenate([jnp.sin(theta), -jnp.sin(theta)], -1)
-    cos, sin = (jnp.stack([table.astype(x.dtype)[i] for i in row]) for table in (cos, sin))
+    cos, sin = (jnp.where(odd[:, None, None], t[-1], t[0]).astype(x.dtype) for t in (cos, sin))
     return x * cos + other * sin  # in bf16 as the record
 
 
@@ -154,11 +156,10 @@ def splash(q, k, v, doc, window: int, P: int):
     B, H, T, K = q.shape
     if T % 128 or K % 128:
         return attend(q, k, v, doc, window, P)
-    # Products, which must not move, lay an array out anew faster than the copies XLA would make.
-    eye, keep = np.eye(K, dtype=q.dtype), lax.optimization_barrier
+    eye, keep = np.eye(K, dtype=q.dtype), lax.optimization_barrier  # see laid
     rows = (keep(x @ eye).reshape(B, -1, P * T, K) for x in (q, k, v))
     o = keep(splash_kernel(H // P, T, window, P)(*rows, jnp.tile(doc, P)))
-    return keep(o.reshape(q.shape)) @ eye
+    return laid(o.reshape(q.shape), True)
 
 
 def cudnn(q, k, v, doc, window: int, P: int):
@@ -189,9 +190,8 @@ def trusted(fast, K: int, dtype):
 def attention(x, size, w, kind: str, view, doc):
     """Attention of the stream x (B, T, D), size its root (B, T, 1), w a layer's weights and ve."""
     (B, T, D), K, P = x.shape, 2 * len(view.freqs), 1 + ("p" in kind)
-    # Heads before tokens from here on: a TPU's tiles are the last two axes.
     qkv = (w["qkv_scale"] * w["qkv"]).astype(x.dtype).reshape(3, -1, K, D)
-    q, k, v = (jnp.einsum("btd,hkd->bhtk", x, rows) for rows in qkv)  # q and k are normed below
+    q, k, v = (jnp.einsum("btd,hkd->bhtk", x, rows) for rows in qkv)  # T, K: a TPU's tiles
     gate = lambda y, n: lax.logistic(jnp.einsum("btg,hg->bht", y, w[n])).astype(x.dtype)[..., None]
     y, v = mix((size, x[..., :G])), [(size[:, None], v)]
     if "v" in kind:
@@ -200,7 +200,7 @@ def attention(x, size, w, kind: str, view, doc):
         v += [(2 * open, w["ve"].reshape(B, T, -1, K).swapaxes(1, 2))]
     theta = (P * jnp.arange(T)[:, None] + jnp.arange(P)[:, None, None]) * view.freqs
     # In pairs the record turns odd heads one further; its pairs are h and h + H/2, ours neighbours.
-    odd = np.arange(q.shape[1]).reshape(P, -1).T.ravel() % P if P == 2 else np.zeros(1, int)
+    odd = np.arange(q.shape[1]).reshape(P, -1).T.ravel() % P if P == 2 else np.zeros(1)
     q, k = (rotary(mix((by * root(x), x)), theta, odd, view) for x, by in ((q, view.scale), (k, 1)))
     if "l" in kind:  # dims that do not turn look one token back (record 49)
         k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
@@ -240,7 +240,7 @@ def features(w, tokens_BT, c, view):
         x = mix((w["resid"][i, 1], x), (1, h @ (w["post"][i, 1] * layer["down"]).astype(h.dtype)))
         kept |= dict.fromkeys(kind, x)
     x = mix((1, x), (-w["backout"], kept["b"])) if "b" in kept else x
-    return lax.optimization_barrier(norm(x))  # else a v5e adds all layers up once more
+    return lax.optimization_barrier(laid(norm(x), "tpu" in view.chip))  # else v5e adds all twice
 
 
 # The logits are 23 sigmoid((x + 5) / 7.5) (records 18, 54) = 11.5 + 11.5 cap(x).
