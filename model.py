@@ -17,10 +17,10 @@ from jax.nn.initializers import constant, normal
 import sharding
 
 G = 12  # gates read the first dims of the stream (record 28)
-# A weight: shape, logical axes (sharding.RULES), start, factors of rate and decay; no betas: Muon's
+# A weight; lr and wd: factors of learning rate and decay, betas: Adam's (none: Muon updates it).
 Param = namedtuple("Param", "shape axes init lr wd betas bits", defaults=(1, (), 23))  # mantissa
 rounded = lambda x, row: lax.reduce_precision(x, 8, row.bits)  # 7: as bf16, which the record keeps
-# Of a stage: windows (tokens seen before oneself), frequencies, scale of logits; kernel and device.
+# Of a stage: windows in tokens back, rotary frequencies, scale of logits; attention and device.
 View = namedtuple("View", "short long freqs scale attend chip", defaults=("",))  # "tpu TPU v4"
 
 
@@ -30,7 +30,7 @@ def param_table(c) -> dict:
     attention (45), b feeds all later attention and is backed out at the end (40, 77), o nothing."""
     kinds = c.layers.split(",")
     D, H, V, R, F, L = c.width, c.heads, c.vocab, c.bigram_rows, 4 * c.width, len(kinds)
-    A, E = sum("k" not in kind for kind in kinds), max(1, sum("v" in kind for kind in kinds))
+    A, E = (max(1, n) for n in (sum("k" not in x for x in kinds), sum("v" in x for x in kinds)))
     bank = lambda *args: 3**0.5 * 0.5 * D**-0.5 * jax.random.uniform(*args, minval=-1.0)
     quick, slow, words, tables = (0.9, 0.95), (0.9, 0.99), (0.5, 0.95), (0.75, 0.95)
     values, bits = [f"value{i}" for i in range(E)], 23 if c.float32 else 7
@@ -79,11 +79,11 @@ def yarn(K: int, longs) -> tuple[np.ndarray, float]:
 # RMSNorm without weights is x * root(x), or a product with x times root(x), in float32.
 root = lambda x: lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True) + 2**-23)
 norm = lambda x: (x * root(x)).astype(x.dtype)
-# Sum of scalar * array, in float32, rounded once; x (..., T, D) of the token before.
+# mix: sum of scalar * array in float32, rounded once; shift: x (..., T, D) of the token before.
 mix = lambda *terms: sum(a * x.astype(jnp.float32) for a, x in terms).astype(terms[0][1].dtype)
-# On a TPU a product with 1 lays (..., D) out for what follows faster than a copy that XLA makes.
-laid = lambda x, tpu: lax.optimization_barrier(x) @ np.eye(len(x.T), dtype=x.dtype) if tpu else x
 shift = lambda x: jnp.pad(x[..., :-1, :], [(0, 0)] * (x.ndim - 2) + [(1, 0), (0, 0)], "edge")
+# On a TPU the product with 1 lays x (..., D) out for what follows, faster than the copies of XLA.
+laid = lambda x, tpu: lax.optimization_barrier(x) @ np.eye(x.shape[-1], dtype=x.dtype) if tpu else x
 
 
 def rotary(x, theta, odd, view):
@@ -240,7 +240,7 @@ def features(w, tokens_BT, c, view):
         x = mix((w["resid"][i, 1], x), (1, h @ (w["post"][i, 1] * layer["down"]).astype(h.dtype)))
         kept |= dict.fromkeys(kind, x)
     x = mix((1, x), (-w["backout"], kept["b"])) if "b" in kept else x
-    return lax.optimization_barrier(laid(norm(x), "tpu" in view.chip))  # else v5e adds all twice
+    return lax.optimization_barrier(laid(norm(x), "tpu" in view.chip))  # else v5e sums layers twice
 
 
 # The logits are 23 sigmoid((x + 5) / 7.5) (records 18, 54) = 11.5 + 11.5 cap(x).

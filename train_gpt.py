@@ -80,7 +80,7 @@ class Config(SimpleNamespace):
         choose("stages", self.stages, STAGES)
         odd = [self.heads % 2, self.width % (4 * self.heads), self.bos >= min(self.vocab, 2**16)]
         if any(odd + [stage.tokens % self.rows for stage in STAGES[self.stages]]):
-            raise InputError("--heads must be even, --width 4 n such, --bos < --vocab, --rows 2**n")
+            raise InputError("need even --heads, --width = 4 n heads, --bos < --vocab, --rows 2**n")
 
     def schedule(self) -> list[tuple[int, int, Stage]]:  # (first step, end, stage) of each
         ends = [round(stage.end * self.steps) for stage in STAGES[self.stages]]

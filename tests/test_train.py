@@ -147,7 +147,7 @@ def test_goes_on_where_a_killed_run_was_saved(finished, tmp_path):
         (["--preset=smoke", "--steps=three"], "--steps=three: expected int"),
         (["--preset=smoke", "--resume=maybe"], "--resume=maybe: expected true or false"),
         (["--preset=smoke", "--save_every=0"], "--save_every=0: expected int above 0"),
-        (["--preset=smoke", "--heads=3"], "--heads must be even"),
+        (["--preset=smoke", "--heads=3"], "even --heads"),
         (["--preset=smoke", "--data=stdlip"], "stdlib"),
         (["--preset=smoke", "--mesh=fsdp:3"], "devices"),
         (["--preset=smoke", "--mesh=rows:2"], "AXIS"),
@@ -172,8 +172,8 @@ def test_what_the_user_can_mend_is_one_line_and_2(tmp_path, args, says):
         *((name, "0", "expected int above 0") for name in ("rows", "device_rows", "width")),
         ("steps", "-1", "expected int above 0"),
         ("steps", "1.5", "expected int above 0"),
-        ("heads", "3", "--heads must be even"),
-        ("width", "20", "--width 4 n such"),
+        ("heads", "3", "even --heads"),
+        ("width", "20", "--width = 4 n heads"),
         ("bos", "300", "--bos < --vocab"),
         ("rows", "6", "--rows 2**n"),
         ("seed", "01", "expected int"),
@@ -210,6 +210,14 @@ def test_values_and_their_texts_are_the_same_config():
     large = train_gpt.Config(preset="smoke", adam_lr="1e30")
     assert large == train_gpt.Config(**vars(large))  # Python writes it as 1e+30
     assert c == train_gpt.Config(**vars(c)) and type(c.seed) is int and c.fp8 is True
+
+
+@pytest.mark.parametrize("layers", ["k", "kb,k"])
+def test_a_network_without_attention_trains_and_saves(tmp_path, monkeypatch, layers):
+    monkeypatch.chdir(tmp_path)
+    keys = KEYS | {"layers": layers, "steps": 3, "save_every": 2, "run": "a"}
+    loss = train_gpt.train(train_gpt.Config(**keys)).val_loss
+    assert 0 < loss < 6 and (tmp_path / "runs/a/checkpoints/3").exists()
 
 
 def start(folder, *args):
