@@ -1,13 +1,15 @@
 """JAX against PyTorch on this machine: python tests/bench_torch.py [--torch_python=PATH
 --csv=FILE --svg=FILE]; --help has all keys. Prints a table; FILEs get it as CSV, or as a picture.
 
-The same blocks (norm, causal attention, ReLU^2 MLP, residual) from the same numbers, in float32.
-This project does not need PyTorch: PATH is a Python that has it, if this one has not.
+The same blocks (norm, causal attention, ReLU^2 MLP, residual) from the same numbers, on the CPU in
+float32; on a GPU it is --device=cuda --dtype=bfloat16 (of the products; weights stay float32). This
+project does not need PyTorch: PATH is a Python that has it, if this one has not.
 """
 
 import argparse
 import csv
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -19,9 +21,11 @@ import numpy as np
 
 SIDES = {"jax": "#4285f4", "torch eager": "#f9ab00", "torch compile": "#ea4335"}
 DEFAULTS = {"batches": "1,4,16", "tokens": 256, "width": 256, "heads": 4, "layers": 4, "steps": 20}
-DEFAULTS |= {"torch_python": sys.executable, "csv": "", "svg": "", "side": ""}  # side: for itself
+DEFAULTS |= {"torch_python": sys.executable, "csv": "", "svg": "", "side": ""}
+DEFAULTS |= {"device": "cpu", "dtype": "float32"}
 HELP = {"csv": "where to write the table, as CSV", "svg": "where to draw tokens/s, as SVG"}
 HELP |= {"side": "for itself: measures one side", "torch_python": "a Python that has PyTorch"}
+HELP |= {"device": "cpu or cuda", "dtype": "of the products: float32 or bfloat16"}
 RATE, EPS = 0.1, 1.1920929e-07
 LEGEND = """first s: the first step, with compiling and all else that happens once; warm-up s: what
 later steps do not take of it; step ms: their median, forward, backward and SGD; loss: the last."""
@@ -39,13 +43,16 @@ def jax_step(c, B: int, compiled: bool):
     import jax
     import jax.numpy as jnp
 
+    jax.config.update("jax_platforms", c.device)
     norm = lambda x: x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + EPS)
+    library = "cudnn" if (c.device, c.dtype) == ("cuda", "bfloat16") else None  # as torch's own
 
     def loss(weights, x, y):
+        weights, x = [w.astype(c.dtype) for w in weights], x.astype(c.dtype)
         for qkv, out, up, down in zip(*(weights[i::4] for i in range(4))):
             heads = (norm(x) @ qkv.T).reshape(B, c.tokens, 3, c.heads, -1)
             q, k, v = (heads[:, :, i] for i in range(3))
-            o = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            o = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=library)
             x = x + o.reshape(x.shape) @ out.T
             x = x + jnp.square(jax.nn.relu(norm(x) @ up.T)) @ down.T
         return jnp.mean(jnp.square(x - y))
@@ -66,14 +73,18 @@ def jax_step(c, B: int, compiled: bool):
 
 
 def torch_step(c, B: int, compiled: bool):
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # compiling is timed
     import torch
     from torch.nn import functional as F
 
     weights, *xy = numbers(c, B)
-    weights, (x, y) = [torch.tensor(w, requires_grad=True) for w in weights], map(torch.tensor, xy)
+    x, y = (torch.tensor(a, device=c.device) for a in xy)
+    weights = [torch.tensor(w, device=c.device, requires_grad=True) for w in weights]
+    dtype = getattr(torch, c.dtype)
     norm = lambda x: x * torch.rsqrt(torch.mean(x * x, -1, keepdim=True) + EPS)
 
     def loss(weights, x, y):
+        weights, x = [w.to(dtype) for w in weights], x.to(dtype)
         for qkv, out, up, down in zip(*(weights[i::4] for i in range(4))):
             heads = (norm(x) @ qkv.T).reshape(B, c.tokens, 3, c.heads, -1)
             q, k, v = (heads[:, :, i].transpose(1, 2) for i in range(3))
@@ -82,7 +93,7 @@ def torch_step(c, B: int, compiled: bool):
             x = x + torch.square(torch.relu(norm(x) @ up.T)) @ down.T
         return torch.mean(torch.square(x - y))
 
-    f = torch.compile(loss, options={"force_disable_caches": True}) if compiled else loss
+    f = torch.compile(loss) if compiled else loss
 
     def step() -> float:
         value = f(weights, x, y)
@@ -107,7 +118,7 @@ def side(name: str, c, B: int):  # one measurement, as a line of JSON
 
 def drawing(rows: list[dict]) -> str:  # bars of tokens/s, as SVG
     most, groups = max(row["tokens/s"] for row in rows), sorted({row["batch"] for row in rows})
-    parts = ['<text x="20" y="20">tokens/s by batch size, float32: forward, backward, SGD</text>']
+    parts = ['<text x="20" y="20">tokens/s by batch size: forward, backward, SGD</text>']
     for i, (name, colour) in enumerate(SIDES.items()):
         parts.append(f'<text x="{20 + 150 * i}" y="40" fill="{colour}">{name}</text>')
         for row in (row for row in rows if row["side"] == name):
@@ -136,7 +147,8 @@ def main(argv: list[str]):
         done = subprocess.run(command, capture_output=True, text=True)
         rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode:
-            print(f"{name} failed: {[f'status {done.returncode}', *done.stderr.splitlines()][-1]}")
+            why = [f"status {done.returncode}", *done.stderr.splitlines()][-1]
+            print(f"{name} failed: {why:.200}")
     lines = [[*rows[0]], *([*row.values()] for row in rows)] if rows else sys.exit(2)
     for line in lines:
         cells = (v if isinstance(v, str) else f"{v:,.5g}" for v in line)

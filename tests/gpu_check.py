@@ -1,14 +1,20 @@
-"""Checks and times what a GPU makes of this code: python tests/gpu_check.py [--cpu] [--seconds=570]
+"""Checks and times what a GPU makes of this code: python tests/gpu_check.py [--data=SHARDS]
+[--out=DIR] [--only=CHECK,...] [--seconds=570] [--cpu]
 
 For one H100 or H200, ten minutes at most. NOT RUN ON A GPU YET: only at tiny sizes, with --cpu.
-A process for each check; status 0 if the first two pass, on which training relies.
+A process for each check; status 0 if the first two pass, on which training relies. Then speedrun is
+trained for 80 steps, as it is, with fp8, and by plain attention for as long as the time lasts, on
+--data or FineWeb; DIR gets the runs, without their checkpoints, and a picture, curves.svg.
 """
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,18 +25,24 @@ import jax.numpy as jnp
 import numpy as np
 
 import bench
+import curves
 import model
 import parity
+import sharding
+import tool
 import train_gpt
 
 RECORD = 569_000  # tokens/s per GPU in its log, on 8 H100
+TINY = {"preset": "smoke", "width": 16, "heads": 2, "layers": "pvs,k,b", "bigram_rows": 64}
+SHORT = {"steps": 80, "val_tokens": 2**20, "val_row_tokens": 2**16}  # 21M tokens
+TINY_SHORT = {"steps": 24, "val_tokens": 8192, "val_row_tokens": 1024}
 say = lambda what, how, result: print(f"{what:40} {how:8} {result}", flush=True)
 rms = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))  # relative; b is float32
 cost = lambda e, ms, than: f"{e[0]:.1e}, {max(e[1:]):.1e}, {ms:.2f} ms, {than / ms:.1f} x as fast"
 
 
-def losses(kind: str, bars: dict, steps: int, tiny: bool) -> int:  # against the record's own
-    float32, steps = kind == "float32", 1 if tiny else steps
+def losses(kind: str, bars: dict, steps: int, keys: dict) -> int:  # against the record's own
+    float32, steps = kind == "float32", 1 if "cpu" in keys else steps
     jax.config.update("jax_default_matmul_precision", "highest" if float32 else None)
     data = Path(__file__).with_name("data") / "A"  # from a CPU, in float32
     worst = parity.run(data, steps=steps, report=len, float32=float32)
@@ -53,7 +65,8 @@ def both(f, q, k, v, do):  # output and gradients
     return o, *pull(do)
 
 
-def attention(tiny: bool):  # of documents: both against `attend` in float32; q as the model has it
+def attention(keys: dict):  # of documents: both against `attend` in float32; q as the model has it
+    tiny = "cpu" in keys
     K, dtype = 32 if tiny else 128, jnp.bfloat16
     chosen, why = model.trusted(model.cudnn, K, dtype)
     say("attention at start-up", "", chosen.__name__ + why)
@@ -82,8 +95,8 @@ def attention(tiny: bool):  # of documents: both against `attend` in float32; q 
             say(name, "", "cudnn skipped: no GPU" if tiny else f"cudnn: {str(error)[:200]!r}")
 
 
-def fp8(tiny: bool):  # the head's product forwards
-    M, V, D = (64, 128, 64) if tiny else (16384, 50304, 768)
+def head(keys: dict):  # its product forwards
+    M, V, D = (64, 128, 64) if "cpu" in keys else (16384, 50304, 768)
     x, w = (jax.random.normal(jax.random.key(n), (n, D), jnp.bfloat16) for n in (M, V))
     product = lambda x, w: jnp.einsum("td,vd->tv", x, w, preferred_element_type=jnp.bfloat16)
     ways = {"bfloat16": (product, x, w), "e4m3": (product, model.e4m3(x), model.e4m3(w))}
@@ -94,47 +107,119 @@ def fp8(tiny: bool):  # the head's product forwards
         say(f"head in {name}", "", f"{e:.1e}, {ms:.2f} ms, {2e-9 * M * V * D / ms:,.0f} TFLOP/s")
 
 
-def stage(i: int, rows: int, tiny: bool):  # its speed and memory on one device
-    small = {"preset": "smoke", "width": 16, "heads": 2, "layers": "pvs,k,b", "bigram_rows": 64}
-    c = train_gpt.Config(**small if tiny else {}, mesh="fsdp:1", device_rows=rows)
+def speed(tokens_per_second: float, c, p, i: int) -> str:  # of a stage
+    top = bench.peak(jax.devices()[0].device_kind)
+    flops = tokens_per_second * bench.flops_per_token(c, p, i)
+    mfu = f"{flops / top:.1%}" if top else "unknown"
+    share = f"{tokens_per_second / RECORD:.1%} of the record's"
+    return f"{tokens_per_second:,.0f} tokens/s, {share}, MFU {mfu}"
+
+
+def stage(i: int, rows: int, keys: dict):  # the same step again and again
+    short = TINY | TINY_SHORT if "cpu" in keys else SHORT  # so that the cache has it
+    c = train_gpt.Config(**short, mesh="fsdp:1", device_rows=rows)
     train_gpt.start(c)
     row = bench.measure(c, i)
-    result = f"{row['tokens/s']:,.0f} tokens/s, {row['tokens/s'] / RECORD:.1%} of the record's"
-    result += f", {row['step ms']:.1f} ms, MFU {row['MFU']}, {row['peak GiB']:.1f} GiB"
-    say(f"{c.preset} stage {i}, {rows} rows at once", "", result)
+    result = speed(row["tokens/s"], c, bench.compiled(c, i)[0], i)
+    result += f", {row['step ms']:.1f} ms, {row['peak GiB']:.1f} GiB"
+    say(f"stage {i}, {rows} rows at once", "", result)
+
+
+def read(kind: str) -> tuple[list, dict]:  # milliseconds at each step, curves of such a run
+    csv = next(Path("runs").glob(f"{kind}-*")).joinpath("metrics.csv").read_text()
+    lines = [line.split(",") for line in csv.splitlines()]
+    return [int(ms) for _, ms, name, _ in lines if name == "train_loss"], curves.read(csv)
+
+
+def training(kind: str, keys: dict):  # to its end, or to the time's; then speed and losses
+    data = keys.get("data", "fineweb10B")
+    data = str(Path(data).absolute()) if Path(data).exists() else data
+    more = TINY | TINY_SHORT if "cpu" in keys else SHORT | {"data": data}
+    c = train_gpt.Config(**more, fp8=kind == "fp8", mesh="fsdp:1", run=kind, resume=False)
+    os.chdir(keys["out"])
+    if kind == "plain":
+        model.cudnn = model.attend
+    end = float(keys["end"]) - 30  # which a save takes
+    stop = lambda step: step > 2 and time.monotonic() > end
+    with redirect_stdout(sys.stderr), suppress(SystemExit):
+        train_gpt.train(c, stop)
+    (run,) = Path("runs").glob(f"{kind}-*")
+    shutil.rmtree(run / "checkpoints")
+    said = next(x for x in (run / "log.txt").open() if x.startswith("attention by "))
+    say(f"training, {kind}", "", said.partition(";")[0])
+    (at, seen), p = read(kind), train_gpt.program(c, sharding.make_mesh(c.mesh))
+    for i, (first, end, s) in enumerate(c.schedule()):
+        first, last = first // 2 * 2 + 2, min(end, len(at)) // 2 * 2  # Adam: every second step
+        if last - first > 3:
+            rate = 1000 * s.tokens * (last - first) / max(1, at[last - 1] - at[first - 1])
+            say(f"  stage {i}", "", speed(rate, c, p, i))
+    mean = lambda curve: np.mean([value for _, value in curve["train_loss"][: len(at)][-10:]])
+    val = lambda curve: dict(curve["val_loss"]).get(c.steps, np.nan)
+    result = f"train {mean(seen):.4f} (of the last 10), validation {val(seen):.4f}"
+    say(f"  losses after {len(at)} steps", "", result)
+    if kind != "speedrun":
+        base = read("speedrun")[1]
+        result = f"train {mean(seen) - mean(base):+.4f}, validation {val(seen) - val(base):+.4f}"
+        apart = [abs(a - b) for (_, a), (_, b) in zip(seen["train_loss"], base["train_loss"])]
+        say("  less the first run's", "", f"{result}; steps part by {max(apart):.4f} at most")
+
+
+def pytorch(keys: dict):  # 11 blocks of speedrun's size in both
+    size = "--tokens=2048 --width=768 --heads=6 --layers=11 --batches=8"
+    size += " --device=cuda --dtype=bfloat16"
+    size = "--tokens=8 --width=8 --heads=2 --layers=1 --steps=2" if "cpu" in keys else size
+    script = str(Path(__file__).with_name("bench_torch.py"))
+    done = subprocess.run([sys.executable, script, *size.split()], capture_output=True, text=True)
+    say("blocks in JAX and PyTorch", "", size)
+    print(done.stdout + done.stderr, end="", flush=True)
 
 
 CHECKS = {"float32": partial(losses, "float32", parity.BARS, 6)}
 CHECKS |= {"bfloat16": partial(losses, "bfloat16", {"loss": 1e-3, "gradient": 0.1}, 2)}
-CHECKS |= {"stage 0": partial(stage, 0, 1), "attention": attention, "fp8": fp8}
-LARGE = {f"stage {i}": partial(stage, i, 1) for i in (3, 1, 2)} | {"4 rows": partial(stage, 0, 4)}
+CHECKS |= {"attention": attention, "head": head, "speedrun": partial(training, "speedrun")}
+CHECKS |= {"pytorch": pytorch, "fp8": partial(training, "fp8"), "stage-0": partial(stage, 0, 1)}
+CHECKS |= {"stage-2": partial(stage, 2, 1), "4-rows": partial(stage, 0, 4)}
+CHECKS |= {"plain": partial(training, "plain")}
 
 
 def check(name: str, argv: list[str], end: float) -> bool:
-    command = [sys.executable, "-W", "ignore", __file__, f"--check={name}", *argv]
+    command = [sys.executable, "-W", "ignore", __file__, *argv, f"--check={name}", f"--end={end}"]
     limit = ["timeout", "-k", "5", str(max(1, end - time.monotonic()))]
     done = subprocess.run(limit + command, stderr=subprocess.PIPE, text=True)
     if done.returncode not in (0, 3):  # 124: out of time
         errors = [line for line in done.stderr.splitlines() if "Error" in line]
-        say(name, "", f"failed: {[f'status {done.returncode}', *errors][-1]}")
+        say(name, "", f"failed: {[f'status {done.returncode}', *errors][-1]:.300}")
     return done.returncode == 0
 
 
 def main(argv: list[str]) -> int:
-    keys = dict(word.partition("=")[::2] for word in argv)
-    tiny, end = "--cpu" in keys, time.monotonic() + float(keys.get("--seconds", 570))
-    if not tiny and train_gpt.accelerator() != "GPU":
-        sys.exit("gpu_check: no GPU here; --cpu goes through it at tiny sizes")
-    jax.config.update("jax_platforms", "cpu" if tiny else "cuda")  # no silent fall to the CPU
-    if "--check" in keys:
-        return (CHECKS | LARGE)[keys["--check"]](tiny=tiny) or 0
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the first two share the GPU
-    run, names = partial(check, argv=argv, end=end), [*CHECKS, *({} if tiny else LARGE)]
-    passed = all([*ThreadPoolExecutor(2).map(run, names[:2])])
-    for name in names[2:]:
-        run(name)
-    return print("gpu_check:", "passed" if passed else "FAILED") or int(not passed)
+    keys = tool.keys_of(argv)
+    end = time.monotonic() + float(keys.get("seconds", 570))
+    if "cpu" not in keys and train_gpt.accelerator() != "GPU":
+        raise sharding.InputError("no GPU here; --cpu goes through it at tiny sizes")
+    jax.config.update("jax_platforms", "cpu" if "cpu" in keys else "cuda")  # not silently the CPU
+    if "check" in keys:
+        return CHECKS[keys["check"]](keys=keys) or 0
+    names = keys.get("only", ",".join(CHECKS)).split(",")
+    first = [n for n in names if train_gpt.choose("--only", n, CHECKS) in ("float32", "bfloat16")]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(keys.get("out", folder)).absolute()
+        if (out / "runs").exists():
+            raise sharding.InputError(f"--out={out} has runs already")
+        out.mkdir(parents=True, exist_ok=True)
+        run = partial(check, argv=[*argv, f"--out={out}"], end=end)
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # these two share the GPU
+        passed = all([*ThreadPoolExecutor(2).map(run, first)])
+        del os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"]
+        for name in names:
+            name in first or run(name)
+        found = {path.parent.name: path.read_text() for path in out.glob("runs/*/metrics.csv")}
+        if found:
+            picture = curves.picture([*map(curves.read, found.values())], None, [*found])
+            (out / "curves.svg").write_text(picture)
+    print("gpu_check:", "passed" if passed else "FAILED")
+    return int(not passed)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    tool.run(main)

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import subprocess
+import sys
 import xml.etree.ElementTree as xml
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 import bench
 import bench_torch
 import train_gpt
+from commands import ROOT, run
 
 TINY = (
     "--preset=smoke --cpu_devices=8 --width=16 --heads=2 --bigram_rows=64 --layers=pvs,k,b".split()
@@ -95,3 +97,22 @@ def test_jax_against_pytorch_in_a_table_csv_and_a_picture(tmp_path, monkeypatch,
     assert [*rows[0]] == re.split(r"  +", out.splitlines()[0].strip()) == names
     bars = [x for x in xml.parse(tmp_path / "a.svg").iter() if x.tag.endswith("rect")]
     assert len(bars) == len(rows) == 6
+
+
+def test_a_gpus_checks_at_tiny_sizes(tmp_path):
+    """What a CPU can show: every row is there, and plain attention's losses are compared."""
+    check = [sys.executable, ROOT / "tests/gpu_check.py", "--cpu", f"--out={tmp_path}/a"]
+    done = run(tmp_path, "--only=bfloat16,head,speedrun,plain", command=check)
+    assert done.returncode == 0 and done.stdout.endswith("gpu_check: passed\n"), done
+    assert re.search(r"bfloat16: 1 steps of the record +pass ", done.stdout)
+    assert done.stdout.count("tokens/s,") == 6 and done.stdout.count("losses after 24 steps") == 2
+    assert re.search(r"less the first run's .*; steps part by 0\.0000 at most", done.stdout)
+    assert [*xml.parse(tmp_path / "a/curves.svg").iter()]
+    assert {p.name for p in (tmp_path / "a/runs").glob("*/*")} == {
+        "log.txt",
+        "metrics.csv",
+        "tensorboard",
+        ".lock0",
+    }
+    again = run(tmp_path, command=check)
+    assert again.returncode == 2 and again.stderr.strip().endswith("a has runs already")
