@@ -380,8 +380,8 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except Exception as error:  # DataError is the same as InputError
         hints = [hint for word, hint in HINTS.items() if word in str(error)]
-        if not (hints or isinstance(error, (InputError, OSError))):
-            raise
-        print(*hints[:1], str(error).strip().partition("\n")[0], file=sys.stderr)
+        line = " ".join([*hints[:1], str(error).strip().partition("\n")[0]])
+        mendable = bool(hints) or isinstance(error, (InputError, OSError))
+        print(line, file=sys.stderr) if mendable else sys.excepthook(*sys.exc_info())
         sys.stdout.flush()
-        os._exit(2)  # sys.exit would wait, for minutes, for processes that wait for this one
+        os._exit(2 if mendable else 1)  # sys.exit would wait, for minutes, for processes that wait

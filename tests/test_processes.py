@@ -160,6 +160,28 @@ def test_an_error_of_one_ends_all_and_is_said_last(tmp_path, monkeypatch):
     assert "launch: [1] status 2" in said and "--data=texts: no " in said, done.stderr[-2000:]
 
 
+def test_a_bug_in_one_ends_it_at_once(tmp_path):
+    """Then torchrun and SLURM end the others, for which JAX would have it wait for minutes."""
+    code = f"import runpy, sys; sys.path.insert(0, '{ROOT}'); import data_fineweb; "
+    code += f"data_fineweb.plan = None; runpy.run_path('{ROOT}/train_gpt.py', run_name='__main__')"
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+    start = lambda command, rank: subprocess.Popen(
+        [sys.executable, *command, "--cpu_devices=4", *ARGS],
+        cwd=tmp_path,
+        env=os.environ | world | {"RANK": rank},
+        stdout=-3,
+        stderr=-1,
+        text=True,
+    )
+    with start([ROOT / "train_gpt.py"], "0") as other, start(["-c", code], "1") as it:
+        try:
+            said = it.communicate(timeout=120)[1]
+        finally:
+            other.kill()
+            it.kill()
+    assert it.returncode == 1 and "Traceback" in said and "TypeError" in said, said[-2000:]
+
+
 def test_stopped_killed_and_gone_on_has_the_losses_of_one_process(one, two):
     c = train_gpt.Config(**dict(arg[2:].split("=") for arg in ARGS))
     assert c.float32 and [c.stage(step) for step in (0, 7, 13)] == [0, 1, 2]  # untied in 13, too
