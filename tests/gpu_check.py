@@ -197,7 +197,7 @@ def main(argv: list[str]) -> int:
     end = time.monotonic() + float(keys.get("seconds", 570))
     if "cpu" not in keys and train_gpt.accelerator() != "GPU":
         raise sharding.InputError("no GPU here; --cpu goes through it at tiny sizes")
-    jax.config.update("jax_platforms", "cpu" if "cpu" in keys else "cuda")  # not silently the CPU
+    jax.config.update("jax_platforms", "cpu" if "cpu" in keys else "cuda,cpu")  # not without cuda
     if "check" in keys:
         return CHECKS[keys["check"]](keys=keys) or 0
     names = keys.get("only", ",".join(CHECKS)).split(",")
