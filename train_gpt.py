@@ -252,7 +252,7 @@ def opened(c: Config, run: Path, p: SimpleNamespace, clean: bool = False):
         except Exception as error:  # whatever it is that the library stumbles over
             if jax.process_count() > 1:  # another may have read its part, and waits for this one
                 raise InputError(f"{path}/{step} unreadable, remove it? {error!s:.200}") from error
-            print(f"warning: checkpoint {step} cannot be read, passed over: {error!s:.200}")
+            print(f"warning: checkpoint {step} unreadable, passed over: {error!s:.200}", flush=True)
     if manager.all_steps():
         raise InputError(f"{run}: no checkpoint can be read (why is above): choose another --run")
     return manager, p.init(c.seed), {"step": 0, "train_time": 0.0, "log": 0, "csv": 0}
@@ -361,9 +361,9 @@ def main(argv: list[str]):
         os.execv(sys.executable, [sys.executable, str(HERE / f"tests/{command}.py"), *argv])
     keys = dict((w if "=" in w else f"{w}=true").removeprefix("--").split("=", 1) for w in argv)
     if "preset" not in keys:
-        found = accelerator() if keys.get("device") != "cpu" else ""
-        keys["preset"] = "speedrun" if found else "smoke"
-        print(f"preset {keys['preset']}, as this machine has {found or 'no GPU or TPU'}")
+        has = accelerator() if keys.get("device") != "cpu" else ""
+        keys["preset"] = "speedrun" if has else "smoke"
+        print(f"preset {keys['preset']}, as this machine has {has or 'no GPU or TPU'}", flush=True)
     c, heard = Config(**keys), []  # the second signal stops at once
     signal(SIGTERM, lambda n, _: heard.append(signal(n, SIG_DFL)))
     signal(SIGINT, lambda n, _: signal(n, SIG_DFL) and raise_signal(SIGTERM))  # which JAX hears
@@ -383,5 +383,5 @@ if __name__ == "__main__":
         line = " ".join([*hints[:1], str(error).strip().partition("\n")[0]])
         mendable = bool(hints) or isinstance(error, (InputError, OSError))
         print(line, file=sys.stderr) if mendable else sys.excepthook(*sys.exc_info())
-        sys.stdout.flush()
+        time.sleep(0 if mendable else 1)  # so that its cause, another process, ends before it
         os._exit(2 if mendable else 1)  # sys.exit would wait, for minutes, for processes that wait

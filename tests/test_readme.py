@@ -84,10 +84,12 @@ def test_every_link_and_picture_is_there():
     found = [
         (path, name)
         for path in [ROOT / "README.md", *ROOT.glob("records/*/README.md")]
-        for name in re.findall(r"\]\(([^):]+)\)", path.read_text())
+        for name in re.findall(r"\]\(([^):#]+)\)", path.read_text())
     ]
     assert len(found) >= 3
     assert [name for path, name in found if not (path.parent / name).is_file()] == []
+    headings = [line.lstrip("# ").lower() for line in README.splitlines() if line[:1] == "#"]
+    assert {*re.findall(r"\]\(#([^)]+)\)", README)} <= {h.replace(" ", "-") for h in headings}
 
 
 def test_the_shipped_record_is_what_the_readme_says():

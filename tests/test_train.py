@@ -304,7 +304,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path):
         if path.is_file():
             path.write_bytes(b"\x00damaged")
     again = run(tmp_path, *ARGS)
-    assert again.returncode == 0 and "cannot be read, passed over" in again.stdout, again.stderr
+    assert again.returncode == 0 and "unreadable, passed over" in again.stdout, again.stderr
     assert same(tmp_path, finished[0])
     (tmp_path / "b").mkdir()
     for path in copied(finished, tmp_path / "b").rglob("*"):
