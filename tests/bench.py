@@ -52,6 +52,13 @@ def flops_per_token(c, p, stage: int) -> float:
     return flops
 
 
+def mfu(tokens_per_second: float, c, p, stage: int, mesh) -> str:
+    """Part of the chips' peak that a stage's products take at that speed, or unknown."""
+    top = peak(mesh.devices.flat[0].device_kind)
+    flops = tokens_per_second * flops_per_token(c, p, stage)
+    return f"{flops / top / mesh.size:.1%}" if top else "unknown"
+
+
 def compiled(c, stage):
     return compiled_of(tuple(vars(c).items()), stage)
 
@@ -98,10 +105,10 @@ def measure(c, stage: int = 0, profile: str = "") -> dict:
     if profile:
         jax.profiler.stop_trace()
     steady = statistics.median(times[1:11])  # of an even number: Adam acts in every second step
-    speed, top = s.tokens / steady, peak(mesh.devices.flat[0].device_kind)
-    mfu = f"{speed * flops_per_token(c, p, stage) / top / mesh.size:.1%}" if top else "unknown"
+    speed = s.tokens / steady
     row = {"stage": str(stage), "device_rows": str(c.device_rows), "compile s": seconds}
-    row |= {"first ms": 1000 * times[0], "step ms": 1000 * steady, "tokens/s": speed, "MFU": mfu}
+    row |= {"first ms": 1000 * times[0], "step ms": 1000 * steady, "tokens/s": speed}
+    row["MFU"] = mfu(speed, c, p, stage, mesh)
     return row | dict(zip(("peak GiB", "says"), memory(p, mesh, (gradients, update))))
 
 

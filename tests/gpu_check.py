@@ -107,10 +107,7 @@ def head(keys: dict):  # its product forwards
         say(f"head in {name}", "", f"{e:.1e}, {ms:.2f} ms, {2e-9 * M * V * D / ms:,.0f} TFLOP/s")
 
 
-def speed(tokens_per_second: float, c, p, i: int) -> str:  # of a stage
-    top = bench.peak(jax.devices()[0].device_kind)
-    flops = tokens_per_second * bench.flops_per_token(c, p, i)
-    mfu = f"{flops / top:.1%}" if top else "unknown"
+def speed(tokens_per_second: float, mfu: str) -> str:
     share = f"{tokens_per_second / RECORD:.1%} of the record's"
     return f"{tokens_per_second:,.0f} tokens/s, {share}, MFU {mfu}"
 
@@ -120,8 +117,8 @@ def stage(i: int, rows: int, keys: dict):  # the same step again and again
     c = train_gpt.Config(**short, mesh="fsdp:1", device_rows=rows)
     train_gpt.start(c)
     row = bench.measure(c, i)
-    result = speed(row["tokens/s"], c, bench.compiled(c, i)[0], i)
-    result += f", {row['step ms']:.1f} ms, {row['peak GiB']:.1f} GiB"
+    result = f"{speed(row['tokens/s'], row['MFU'])}, {row['step ms']:.1f} ms"
+    result += f", {row['peak GiB']:.1f} GiB"
     say(f"stage {i}, {rows} rows at once", "", result)
 
 
@@ -147,12 +144,13 @@ def training(kind: str, keys: dict):  # to its end, or to the time's; then speed
     shutil.rmtree(run / "checkpoints")
     said = next(x for x in (run / "log.txt").open() if x.startswith("attention by "))
     say(f"training, {kind}", "", said.partition(";")[0])
-    (at, seen), p = read(kind), train_gpt.program(c, sharding.make_mesh(c.mesh))
+    (at, seen), mesh = read(kind), sharding.make_mesh(c.mesh)
+    p = train_gpt.program(c, mesh)
     for i, (first, end, s) in enumerate(c.schedule()):
         first, last = first // 2 * 2 + 2, min(end, len(at)) // 2 * 2  # Adam: every second step
         if last - first > 3:
             rate = 1000 * s.tokens * (last - first) / max(1, at[last - 1] - at[first - 1])
-            say(f"  stage {i}", "", speed(rate, c, p, i))
+            say(f"  stage {i}", "", speed(rate, bench.mfu(rate, c, p, i, mesh)))
     mean = lambda curve: np.mean([value for _, value in curve["train_loss"][: len(at)][-10:]])
     val = lambda curve: dict(curve["val_loss"]).get(c.steps, np.nan)
     result = f"train {mean(seen):.4f} (of the last 10), validation {val(seen):.4f}"
