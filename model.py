@@ -248,10 +248,10 @@ cap = lambda x: jnp.tanh((x.astype(jnp.float32) + 5) / 15)
 e4m3 = lambda x: x.clip(-448, 448).astype(jnp.float8_e4m3fn)  # record 19; what is larger is NaN
 
 
-def with_grads(x, head, m, fp8, gpu):
+def with_grads(x, head, m, fp8, chip):
     """Sum of m log sum exp 11.5 cap(logits), x (B, T, D), head (V, D) float32, m (B, T, 1); and its
     gradients by x and head, so that the logits, GBs if not in chunks, are made but once."""
-    n = math.gcd(x.shape[1], 1 << (2**27 // (len(x) * len(head))).bit_length())
+    n = math.gcd(x.shape[1], 1 << (2 ** (27 + ("v6" in chip)) // len(x) // len(head)).bit_length())
     w, mm = head.astype(x.dtype), partial(jnp.einsum, "bnd,vd->bnv", preferred_element_type=x.dtype)
 
     def chunk(sums, args):
@@ -259,10 +259,9 @@ def with_grads(x, head, m, fp8, gpu):
         y, over = (mm(e4m3(4 * x), e4m3(256 * w)), 1024) if fp8 else (mm(x, w), 1)
         norms = jnp.exp(11.5 * cap(y / over)).sum(-1, keepdims=True)
         # They come in behind, so that one pass makes both; a GPU makes two, or writes float32 tanh.
-        z = cap((lax.optimization_barrier(y) if gpu else y) / over)
-        g = lax.optimization_barrier((jnp.exp(11.5 * z) * (1 - z * z)).astype(x.dtype))
-        by = m * 11.5 / 15 / norms
-        xs = (by * x).astype(x.dtype)
+        z = cap((lax.optimization_barrier(y) if "gpu" in chip else y) / over)
+        g, by = (jnp.exp(11.5 * z) * (1 - z * z)).astype(x.dtype), m * 11.5 / 15 / norms
+        g, xs = lax.optimization_barrier((g, (by * x).astype(x.dtype)))
         dhead += jnp.einsum("bnv,bnd->vd", g, xs, preferred_element_type=jnp.float32)
         return (total + (m * jnp.log(norms)).sum(), dhead), (by * (g @ w)).astype(x.dtype)
 
@@ -281,7 +280,7 @@ def loss(w, rows, c, view, mtp, fp8=False):
     tokens, T = rows.astype(jnp.int32), rows.shape[1] - 1
     x, head = features(w, tokens[:, :-1], c, view), w["head"].astype(jnp.float32)
     m = [weight * (jnp.arange(T) < T - k)[:, None] for k, weight in enumerate(mtp)]
-    total = log_norms(x, head, jnp.broadcast_to(sum(m), (*x.shape[:2], 1)), fp8, "gpu" in view.chip)
+    total = log_norms(x, head, jnp.broadcast_to(sum(m), (*x.shape[:2], 1)), fp8, view.chip)
     for k in range(len(mtp)):  # the head's gradient is added up in float32, here and there
         said = head[jnp.roll(tokens, -1 - k, 1)[:, :-1]].astype(x.dtype)
         logit = jnp.einsum("btd,btd->bt", x, said, preferred_element_type=jnp.float32)

@@ -39,7 +39,7 @@ def normuon(rows: dict, rate: Schedule, momentum: Schedule, dtype, split=lambda 
     """NorMuon with cautious decay (records 41, 43); `split` applies f to stacks of matrices."""
     init = lambda p: {"momentum": zeros(rows, p), "second": {n: 0 * p[n][..., :1] for n in rows}}
 
-    def update(grads, state, params, *, step):
+    def update(grads, state, params, *, step, **_):
         lr, m, updates, average, second = rate(step), momentum(step), {}, {}, {}
         for name, row in rows.items():
             p, g, v = params[name], grads[name], state["second"][name]
@@ -53,19 +53,19 @@ def normuon(rows: dict, rate: Schedule, momentum: Schedule, dtype, split=lambda 
 
 
 def adam(rows: dict, rate: Schedule):
-    """Adam with cautious weight decay (record 50), every second step on their summed gradient."""
+    """Adam with cautious weight decay (record 50), at odd steps by the gradients of two."""
     init = lambda params: dict.fromkeys(("pending", "m", "v"), zeros(rows, params))
 
-    def update(grads, state, params, *, step):
-        updates, pending, ms, vs = {}, {}, {}, {}
+    def update(grads, state, params, *, step, odd):
+        if not odd:
+            return {}, state | {"pending": {n: grads[n] for n in rows}}
+        updates, ms, vs = {}, {}, {}
         for n, row in rows.items():  # eps after the bias correction, decay by the squared rate
             m, v, g, p = state["m"][n], state["v"][n], state["pending"][n] + grads[n], params[n]
             (b1, b2), t, lr = row.betas, step // 2 + 1, row.lr * rate(step)
-            mean, square = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-            move = lr * jnp.sqrt(1 - b2**t) / (1 - b1**t) * mean / (jnp.sqrt(square) + 1e-10)
-            move += jnp.where(move * p > 0, lr**2 * 0.005 * row.wd * p, 0)
-            pairs = (-move, 0), (0, g), (mean, m), (square, v)  # not cond, which copies all of them
-            updates[n], pending[n], ms[n], vs[n] = (jnp.where(step % 2 == 1, *x) for x in pairs)
-        return updates, {"pending": pending, "m": ms, "v": vs}
+            ms[n], vs[n] = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+            move = lr * jnp.sqrt(1 - b2**t) / (1 - b1**t) * ms[n] / (jnp.sqrt(vs[n]) + 1e-10)
+            updates[n] = -move - jnp.where(move * p > 0, lr**2 * 0.005 * row.wd * p, 0)
+        return updates, state | {"m": ms, "v": vs}
 
     return GradientTransformationExtraArgs(init, update)

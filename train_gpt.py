@@ -158,12 +158,12 @@ def program(c: Config, mesh) -> SimpleNamespace:
 
         return by_rows(local, (parts, cut, whole), (whole, parts))(params, rows, mtp)
 
-    def update(state, grads):  # -> state, norm of the gradients
+    def update(state, grads, odd):  # -> state, norm of the gradients; odd: is the step so, static
         params, step, new = state["params"], state["step"], {"step": state["step"] + 1}
         shared = grads["head"] + grads["embed"]  # of both, for both, while they are tied (51, 53)
         tied = {n: jnp.where(step <= untie, shared, grads[n]) for n in ("head", "embed")}
         for name, rule in rules.items():
-            moves, new[name] = rule.update(grads | tied, state[name], params, step=step)
+            moves, new[name] = rule.update(grads | tied, state[name], params, step=step, odd=odd)
             params = params | {n: model.rounded(params[n] + x, table[n]) for n, x in moves.items()}
         return new | {"params": params}, jnp.sqrt(sum((g * g).sum() for g in grads.values()))
 
@@ -184,7 +184,8 @@ def program(c: Config, mesh) -> SimpleNamespace:
     fns = {"init": jax.jit(init, out_shardings=at), "evaluate": jax.jit(evaluate, static_argnums=2)}
     fns["bits"] = jax.jit(lambda s: sum(x.view("uint32").sum() for x in jax.tree.leaves(s)))
     fns["gradients"] = jit(gradients, static_argnums=3, out_shardings=(None, at["params"]))
-    fns["update"] = jax.jit(update, donate_argnums=0, out_shardings=(at, None))
+    keep = {"donate_argnums": 0, "keep_unused": True}  # else buffers change their places
+    fns["update"] = jax.jit(update, static_argnums=2, out_shardings=(at, None), **keep)
     return SimpleNamespace(like=like, views=views, use=use, parts=parts, why=why, **fns)
 
 
@@ -300,7 +301,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
     began, like, n = time.perf_counter(), p.like["params"], sharding.ways(mesh, "rows")
     each = f"{n} devices x {c.rows // n // (k := turns(c, c.rows // n))} row x {k} accumulation"
     journal.say(f"{run}: {[s.tokens for *_, s in schedule]} tokens/step = {c.rows} rows = {each}")
-    jobs = {"update": partial(p.update.lower, p.like, like)}
+    jobs = {("update", odd): partial(p.update.lower, p.like, like, odd) for odd in (0, 1)}
     for i in {c.stage(step) for step in range(first, c.steps)}:
         jobs["train", i] = partial(p.gradients.lower, like, batch(schedule[i][0]), 0, i)
     for i in {c.stage(k) for k in [*range(0, c.steps, c.val_every), c.steps] if k >= first}:
@@ -346,7 +347,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
                 began = time.perf_counter()
             if not last:
                 loss, *grads = compiled["train", c.stage(step)](state["params"], batch(step), step)
-                state, norm = compiled["update"](state, grads.pop())  # no name keeps them alive
+                state, norm = compiled["update", step % 2](state, grads.pop())  # no name keeps them
                 pending = pending and note(*pending)  # one step late, so the device never waits
                 pending = step + 1, loss, norm
     return Result(val_loss, spent, run)

@@ -1,4 +1,4 @@
-"""Compiles `speedrun` for H100s without one: python tests/gpu_compile.py [0 1 2 3 update val0 ...]
+"""Compiles `speedrun` for H100s without one: python tests/gpu_compile.py [0 1 2 3 update0 val0 ...]
 [--gpus=8] [--plain] [--fp8 or another key of Config]. Needs `pip install "jax[cuda13]"`. Says what
 memory each program takes on a GPU, which kernels of cuDNN and cuBLAS it calls, and what all others
 move; neither whether cuDNN takes the sizes nor how fast it is, nor which products XLA times as

@@ -216,7 +216,7 @@ def run(directory, mesh="", steps=None, report=print, **keys) -> dict:
         see("gradient", got, wanted)
         g = int(np.argmax(np.abs(got - wanted) / np.maximum(np.abs(wanted), 1e-30)))
         full(f"step{step}/grad", grads)
-        state, _ = p.update(state, device_grads)
+        state, _ = p.update(state, device_grads, step % 2)
         params = {k: np.asarray(v) for k, v in state["params"].items()}
         got_p, wanted_p = norms(params, names), want["param_norm_after"][step]
         see("parameter", got_p, wanted_p)

@@ -1,8 +1,9 @@
 """Compiles the whole training for a TPU slice that is not there: python tests/plan.py
 --topology=v6e:2x4 [--only=0,update,val] [--top=15] [--csv=PATH] [--key=value of Config ...]
 
---only compiles just these: stages by number, update, val (or val0, ...); --top is how many kinds of
-instructions to list, by cost. Needs libtpu and no TPU. Exit status 0 if the training fits, else 2.
+--only compiles just these: stages by number, update (update0 of even steps, update1 of odd ones),
+val (or val0, ...); --top is how many kinds of instructions to list, by cost. Needs libtpu and no
+TPU. Exit status 0 if the training fits, else 2.
 """
 
 import importlib.util
@@ -42,7 +43,7 @@ LEGEND = f"""GiB per chip: peak = argument + output - alias + temp + generated_c
 lies there besides: other programs, optimizer state). GFLOP and GB: loop bodies once.
 Mcycles: the compiler's estimates x loop turns. Mcycles*: {PALLAS},
 FLOPs at {UTILISATION:.0%} of the peak. Collectives are counted, not timed.
-tokens/s and cycles/token: of whole steps, with the update."""
+tokens/s and cycles/token: of whole steps, with the mean of the updates of even and odd ones."""
 
 
 held = lambda tree: sum(  # bytes per device
@@ -79,7 +80,7 @@ def programs(c, p, mesh) -> dict:
     for i in sorted({c.stage(step) for step in range(c.steps)}):
         batch = rows(c.rows, schedule[i][2].tokens // c.rows)
         jobs[str(i)] = partial(p.gradients.lower, params, batch, 0, i)
-    jobs["update"] = partial(p.update.lower, p.like, params)
+    jobs |= {f"update{odd}": partial(p.update.lower, p.like, params, odd) for odd in (0, 1)}
     for i in sorted({c.stage(step) for step in [*range(0, c.steps, c.val_every), c.steps]}):
         jobs[f"val{i}"] = partial(p.evaluate.lower, params, val, i)
     return jobs
@@ -116,16 +117,17 @@ def measure(name: str, lower, chip: Chip) -> tuple[dict, Counter]:
 def finish(c, p, rows: dict):
     """Adds to the rows what depends on other programs: memory, and whole steps of the stages."""
     besides, code = (held(p.like) - held(p.like["params"])) / 2**30, "generated_code"
-    for name, row in rows.items():
+    updates = [row for name, row in rows.items() if name.startswith("update")]
+    mean = lambda key: sum(row.get(key, 0) for row in updates) / max(1, len(updates))
+    for row in rows.values():
         row["resident"] = sum(other.get(code, 0) for other in rows.values()) - row.get(code, 0)
-        row["resident"] += 0 if name == "update" else besides
+        row["resident"] += 0 if row in updates else besides
         row["peak"] += row["resident"]
     for i, (*_, stage) in enumerate(c.schedule()):
         if "Mcycles" in (row := rows.get(str(i), {})):
-            both = [row, rows.get("update", {})]
-            cycles = 1e6 * sum(r.get(k, 0) for r in both for k in ("Mcycles", "Mcycles*"))
+            cycles = 1e6 * sum(row.get(k, 0) + mean(k) for k in ("Mcycles", "Mcycles*"))
             row["cycles/token"] = cycles / stage.tokens
-            row["tokens/s"] = 1000 * stage.tokens / sum(r.get("ms", 0) for r in both)
+            row["tokens/s"] = 1000 * stage.tokens / (row.get("ms", 0) + mean("ms"))
 
 
 def verdict(c, topology: str, chip: Chip, rows: dict, only: str = "") -> str:
@@ -169,8 +171,9 @@ def main(argv: list[str]) -> int:
     p = train_gpt.program(c, mesh)
     jobs = programs(c, p, mesh)
     for word in only.split(",") if only else ():
-        train_gpt.choose("--only", word, jobs | {"val": 0})
-    names = [n for n in jobs if not only or {n, re.sub(r"(?<=l)\d+", "", n)} & {*only.split(",")}]
+        train_gpt.choose("--only", word, jobs | {"val": 0, "update": 0})
+    kind = lambda name: re.sub(r"(?<=[a-z])\d+", "", name)
+    names = [n for n in jobs if not only or {n, kind(n)} & {*only.split(",")}]
     with ThreadPoolExecutor(2) as pool:  # more would need much memory
         done = dict(zip(names, pool.map(lambda name: measure(name, jobs[name], chip), names)))
     rows = {name: row for name, (row, _) in done.items()}

@@ -90,7 +90,7 @@ def test_what_the_record_keeps_in_bf16_is_rounded_after_each_update_and_no_more(
     for i in range(2):  # Adam acts in the second
         keys = jax.random.split(jax.random.key(i), len(before))
         grads = {n: jax.random.normal(k, x.shape) for k, (n, x) in zip(keys, before.items())}
-        state, _ = p.update(state, grads)
+        state, _ = p.update(state, grads, i)
     exact = lambda x: bool((x == x.astype(jnp.bfloat16).astype(jnp.float32)).all())
     after = state["params"]
     assert all((after[n] != before[n]).any() for n in after)
@@ -183,7 +183,7 @@ def test_same_gradients_for_any_mesh_and_accumulation():
         p = train_gpt.program(c, sharding.make_mesh(mesh))
         state = p.init(0)
         loss, grads = p.gradients(state["params"], rows, 3, 0)
-        new, norm = p.update(state, grads)
+        new, norm = p.update(state, grads, 0)
         got = float(loss), float(norm), float(new["params"]["up"][0, 0, 0])
         want = want or got
         np.testing.assert_allclose(got, want, rtol=1e-4)

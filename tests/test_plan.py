@@ -118,8 +118,8 @@ def test_what_the_tpu_compiler_writes(capsys, tmp_path):
     assert plan.main(argv) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[-1].startswith("plan: smoke on v5e:2x4 fits: peak 0.") and "of 16.0 GiB" in out[-1]
-    assert len(path.read_text().splitlines()) == 2
-    assert sum(" Mcycles " in line and " x " in line for line in out) == 3
+    assert len(path.read_text().splitlines()) == 3
+    assert sum(" Mcycles " in line and " x " in line for line in out) == 6
     with pytest.raises(InputError, match="not divisible"):
         plan.slice_of("v5e:3x5")
 
