@@ -1,5 +1,4 @@
 """The network of record #77: the table of its parameters, and from tokens to loss and text.
-
 B batch rows  T row tokens  D width  H heads  K head size  F ffn (4 D)  V vocabulary  R bigram rows
 L layers  A attention layers  E value embeddings  G gate inputs  P heads in one sequence"""
 
@@ -158,8 +157,7 @@ def splash(q, k, v, doc, window: int, P: int):
         return attend(q, k, v, doc, window, P)
     eye, keep = np.eye(K, dtype=q.dtype), lax.optimization_barrier  # see laid
     rows = (keep(x @ eye).reshape(B, -1, P * T, K) for x in (q, k, v))
-    o = keep(splash_kernel(H // P, T, window, P)(*rows, jnp.tile(doc, P)))
-    return laid(o.reshape(q.shape), True)
+    return laid(splash_kernel(H // P, T, window, P)(*rows, jnp.tile(doc, P)).reshape(q.shape), True)
 
 
 def cudnn(q, k, v, doc, window: int, P: int):

@@ -8,6 +8,7 @@ from os import environ
 import jax
 import numpy as np
 from jax import lax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 # Logical axis of an array -> mesh axes that split it; an axis that is not named here is whole.
@@ -46,7 +47,8 @@ def make_mesh(layout: str, devices=None) -> Mesh:
     n, kinds = int(np.prod(list(sizes.values()))), (AxisType.Auto,) * len(sizes)
     if n > len(devices) or (n < len(devices) and jax.process_count() > 1):
         raise InputError(f"--mesh={layout} is {n} devices, but there are {len(devices)}")
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=devices[:n])
+    grid = create_device_mesh([*sizes.values()], devices[:n], allow_split_physical_axes=True)
+    return Mesh(grid, tuple(sizes), kinds)
 
 
 def placed(mesh: Mesh, axes, shape=(), name: str = "") -> NamedSharding:

@@ -1,5 +1,4 @@
-"""NanoGPT speedrun in JAX: trains record #77's recipe to 3.28 validation loss on FineWeb.
-
+"""NanoGPT speedrun in JAX: record #77's recipe, whose aim is 3.28 validation loss on FineWeb.
 python train_gpt.py [COMMAND] [--key=value ...]: no COMMAND is train, which has Config's keys; no
 --preset is speedrun on a GPU or TPU, else smoke. The other commands are tests/COMMAND.py."""
 
@@ -36,7 +35,7 @@ COMMANDS = "train", "test", "sample", "eval", "record", "plot", "plan", "bench" 
 # Keys that cannot change the result: a run may go on with other values of them.
 FREE = {*"mesh device_rows val_every save_every keep run resume device cpu_devices target".split()}
 HINTS = {  # what errors of libraries say -> what to do
-    "No space left": "disk full, make room, and the same command goes on:",
+    "No space left": "disk full, make room, and the same --run goes on:",
     "RESOURCE_EXHAUSTED": "out of device memory: try --device_rows=N, N smaller, or more --rows:",
     "initialize backend": "no such device for JAX:",
 }
@@ -67,7 +66,7 @@ stages=smoke layers=pvs,k,b,lv heads=2 vocab=264 bos=256 bigram_rows=4096 muon_l
 adam_lr=0.015 val_tokens=131072 val_row_tokens=8192 val_long=192"""
 PRESETS = {"speedrun": "", "smoke": SMOKE}
 # Turns that a device takes for its n rows, device_rows at once.
-turns = lambda c, n: next((k for k in range(1, n) if n % k == 0 and n // k <= c.device_rows), n)
+turns = lambda c, n: next((k for k in range(1, n) if n % k == 0 >= n // k - c.device_rows), n or 1)
 
 
 class Config(SimpleNamespace):
@@ -94,7 +93,7 @@ def choose(what: str, name: str, table):
     if name in table:
         return name
     near = difflib.get_close_matches(name, table, 1, 0)[0]
-    raise InputError(f"unknown {what} '{name}': did you mean '{near}'?")
+    raise InputError(f"unknown {what} '{name}': did you mean '{near}'? (--help: --key=value)")
 
 
 def typed(name: str, value, like: str):  # `value`, perhaps text, of the kind that `like` is
@@ -111,8 +110,8 @@ def program(c: Config, mesh) -> SimpleNamespace:
     table, schedule, chip = model.param_table(c), c.schedule(), mesh.devices.flat[0]
     longs, dtype = [s.long for *_, s in schedule], jnp.float32 if c.float32 else jnp.bfloat16
     yarns = [model.yarn(c.width // c.heads, longs[: i + 1]) for i in range(len(longs))]
-    kernels = {("tpu", 1): model.splash, ("gpu", 1): model.cudnn}  # where a device has whole heads
-    attend, why = kernels.get((chip.platform, mesh.shape["tensor"]), model.attend), ""
+    kernels = {"tpu": model.splash, "gpu": model.cudnn} if mesh.shape["tensor"] == 1 else {}
+    attend, why = kernels.get(chip.platform, model.attend), "" if kernels else ", as tensor is > 1"
     if attend is model.cudnn:
         attend, why = model.trusted(attend, c.width // c.heads, dtype)
     how = attend, f"{chip.platform} {chip.device_kind}"
@@ -229,11 +228,13 @@ def start(c: Config):
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(HERE / ".cache/jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_default_matmul_precision", "highest" if c.float32 else None)
-    with suppress(RuntimeError):  # JAX is in use already, as in a notebook or a test
+    join = list  # nothing, if JAX is in use already, as in a notebook or a test
+    with suppress(RuntimeError):
         if c.device != "auto":
             jax.config.update("jax_platforms", {"gpu": "cuda,cpu"}.get(c.device, c.device))
         jax.config.update("jax_num_cpu_devices", c.cpu_devices)
-        sharding.start_processes()
+        join = sharding.start_processes
+    join()
     if jax.default_backend() == "cpu" != c.device and (c.device != "auto" or accelerator()):
         how = "install JAX's plugin (./launch does), end what else holds it, or say --device=cpu"
         raise InputError(f"JAX sees the CPU alone and no {accelerator() or c.device}: {how}")
@@ -311,7 +312,8 @@ def train(c: Config, stop=lambda step: False) -> Result:
     ocp.multihost.get_barrier_sync_fn()(key="all have compiled", timeout_ms=3600_000)  # Gloo: 30 s
     journal.say(f"compiled in {time.perf_counter() - began:.1f} s")
     for i in [key[1] for key in compiled if key[0] == "train"]:  # a first call takes longer
-        jax.block_until_ready(compiled["train", i](state["params"], batch(schedule[i][0]), 0))
+        _, *grads = compiled["train", i](state["params"], batch(schedule[i][0]), 0)
+        jax.block_until_ready(compiled["update", i % 2](jax.tree.map(jnp.copy, state), grads.pop()))
 
     def note(step, loss, norm):  # waits for the device
         loss, norm, at = float(loss), float(norm), 1000 * (spent + time.perf_counter() - began)
@@ -339,7 +341,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
                 if stopped or last:  # safe before a line says that the run is done
                     manager.wait_until_finished()
                 if stopped and not last:
-                    journal.say(f"stopped after step {step}, saved: the same --run goes on, {run}")
+                    journal.say(f"stopped after step {step}: the same --run goes on, {run}")
                     sys.exit(75)
                 if validating:
                     val_loss = float(compiled["val", c.stage(step)](state["params"], val))
@@ -368,9 +370,8 @@ def main(argv: list[str]):
     c, heard = Config(**keys), []  # the second signal stops at once
     signal(SIGTERM, lambda n, _: heard.append(signal(n, SIG_DFL)))
     signal(SIGINT, lambda n, _: signal(n, SIG_DFL) and raise_signal(SIGTERM))  # which JAX hears
-    # If one of several processes gets SIGTERM, this says so in all at the same step.
     stop = lambda step: ocp.multihost.reached_preemption(step) or heard and jax.process_count() == 1
-    run = train(c, stop).run_dir
+    run = train(c, stop).run_dir  # if one process gets SIGTERM, all stop at the same step
     if jax.process_count() == 1 and (HERE / "tests/sample.py").exists():
         now = [f"--{name}={value}" for name, value in vars(c).items() if name in FREE - {"run"}]
         main(["sample", "--end", f"--run={os.path.relpath(run, 'runs')}", *now])

@@ -71,7 +71,8 @@ def scores(run, rows: np.ndarray, ending: np.ndarray, report=print) -> np.ndarra
         said = jnp.take_along_axis(jax.nn.log_softmax(z), rows[:, 1:, None], -1)[..., 0]
         return (said * ending[:, 1:]).sum(1) / ending[:, 1:].sum(1)
 
-    f = jax.jit(sharding.by_rows(run.mesh, local, (run.p.parts, by_row, by_row), by_row))
+    f = sharding.by_rows(run.mesh, local, (run.p.parts, by_row, by_row), by_row)
+    f = jax.jit(f, out_shardings=sharding.placed(run.mesh, []))  # whole in every process
     step = ROWS * sharding.ways(run.mesh, "rows")
     found = []
     for at in range(0, len(rows), step):
@@ -92,13 +93,14 @@ def main(argv: list[str]):
     rows = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens, c.rows)
     val = sharding.global_rows(run.mesh, rows.shape, rows.__getitem__)
     val_loss = float(run.p.evaluate(run.params, val, c.stage(step)))
-    print(f"step:{step}/{c.steps} val_loss:{val_loss:.4f}")
+    say = print if jax.process_index() == 0 else lambda *_, **to: None
+    say(f"step:{step}/{c.steps} val_loss:{val_loss:.4f}")
     if mine["hellaswag"]:
         words(c.vocab)  # if it cannot be had, said at once
         items = questions(mine["hellaswag"])
-        best = scores(run, *pairs(items, c)).reshape(-1, 4).argmax(1)
+        best = scores(run, *pairs(items, c), say).reshape(-1, 4).argmax(1)
         right = int(sum(best == [int(item["label"]) for item in items]))
-        print(f"hellaswag: {right} of {len(items)} right, accuracy {right / len(items):.4f}")
+        say(f"hellaswag: {right} of {len(items)} right, accuracy {right / len(items):.4f}")
 
 
 if __name__ == "__main__":

@@ -241,7 +241,7 @@ def loader(directory, shards, report=print) -> int:
     want, spans = np.load(folder / "loader.npz"), json.loads((folder / "loader.json").read_text())
     shards = [Path(shard) for shard in shards]
     groups = {"train": shards, "switch": sorted(folder.glob("switch*.bin")), "val": shards}
-    wrong = 0
+    wrong = seen = 0
     for group, paths in groups.items():
         names = {key.split("/")[0] for key in want.files if key.startswith(group + "_")}
         names = sorted(names, key=lambda name: int(name.strip("abcdefghijklmnopqrstuvwxyz_")))
@@ -265,7 +265,9 @@ def loader(directory, shards, report=print) -> int:
         for name, a, b in zip(names, got, expected):
             differ = int((a != b).sum()) if a.shape == b.shape else b.size
             report(f"{name:14s} {b.size:8d} tokens  {differ} differ")
-            wrong += differ
+            wrong, seen = wrong + differ, seen + b.size
+    if not seen:
+        raise SystemExit("parity: loader: no shard was given, and there is none of the reference's")
     return wrong
 
 

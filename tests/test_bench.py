@@ -103,7 +103,7 @@ def test_a_gpus_checks_at_tiny_sizes(tmp_path):
     """What a CPU can show: every row is there, and plain attention's losses are compared."""
     check = [sys.executable, ROOT / "tests/gpu_check.py", "--cpu", f"--out={tmp_path}/a"]
     done = run(tmp_path, "--only=bfloat16,head,speedrun,plain", command=check)
-    assert done.returncode == 0 and done.stdout.endswith("gpu_check: passed\n"), done
+    assert done.returncode == 0 and done.stdout.endswith("gpu_check: passed: bfloat16\n"), done
     assert re.search(r"bfloat16: 1 steps of the record +pass ", done.stdout)
     assert done.stdout.count("tokens/s,") == 6 and done.stdout.count("losses after 24 steps") == 2
     assert re.search(r"less the first run's .*; steps part by 0\.0000 at most", done.stdout)

@@ -126,7 +126,7 @@ def two(killed):
 
 def saved_in_all(folder, status, said):
     assert status == 75, said
-    (step,) = {int(step) for step in re.findall(r"stopped after step (\d+), saved", said)}
+    (step,) = {int(step) for step in re.findall(r"stopped after step (\d+): ", said)}
     assert 3 <= step < 20
     assert str(step) in os.listdir(folder / "runs/a/checkpoints")
 
@@ -180,6 +180,18 @@ def test_a_bug_in_one_ends_it_at_once(tmp_path):
             other.kill()
             it.kill()
     assert it.returncode == 1 and "Traceback" in said and "TypeError" in said, said[-2000:]
+
+
+def test_a_process_that_cannot_join_does_not_train_alone(tmp_path):
+    """As where another job has the port: the first process would listen there."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1] - 1  # of torchrun: ours is the next
+        env = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, ROOT / "train_gpt.py", *ARGS]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | env, stdout=-1, text=True, timeout=300
+        )
+    assert done.returncode not in (0, 75) and not (tmp_path / "runs").exists(), done.stdout
 
 
 def test_stopped_killed_and_gone_on_has_the_losses_of_one_process(one, two):

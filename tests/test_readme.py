@@ -73,7 +73,7 @@ def test_no_command_is_passed_over():
     assert len(found) >= README.count("./launch") > 20
     for words in (  # in a quote, behind a line's end, in the text
         ["--preset=speedrun", "--run=a"],
-        ["--preset=speedrun", "--mesh=fsdp:8,tensor:2", "--run=a"],
+        ["--preset=speedrun", "--rows=16", "--val_row_tokens=131072", "--run=a"],
         ["plan", "--topology=v6e:2x4"],
     ):
         assert words in found, words

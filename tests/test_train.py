@@ -165,6 +165,12 @@ def test_what_the_user_can_mend_is_one_line_and_2(tmp_path, args, says):
     assert not (tmp_path / "runs").exists()
 
 
+def test_more_devices_than_rows_is_one_line_too(tmp_path):
+    done = run(tmp_path, "--preset=smoke", "--cpu_devices=16", "--steps=3")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "rows of 8 cannot be split 16 ways" in done.stderr
+
+
 @pytest.mark.parametrize(
     "name, value, says",
     [
@@ -232,7 +238,7 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(finished, tmp_path,
             assert p.poll() is None
         p.send_signal(number)
         said = p.communicate(timeout=120)
-    assert p.returncode == 75 and "saved: the same --run goes on, runs/a" in said[0], said
+    assert p.returncode == 75 and ": the same --run goes on, runs/a" in said[0], said
     assert run(tmp_path, *ARGS).returncode == 0
     assert same(tmp_path, finished[0])
 
