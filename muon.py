@@ -1,7 +1,6 @@
 """NorMuon and Adam of record #77, optax transformations of a dict; `rows` has lr, wd and betas."""
 
-import jax
-import jax.numpy as jnp
+from jax import lax, numpy as jnp
 from optax import GradientTransformationExtraArgs, Schedule, incremental_update
 
 POLAR_EXPRESS = (  # arXiv:2505.16932, five steps
@@ -30,7 +29,7 @@ def normalize_rows(x, second, beta2: float = 0.95):
     """Rows over their running size `second` (..., rows, 1), the norm kept (arXiv:2510.05491)."""
     square = jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True)
     second = beta2 * second + (1 - beta2) * square
-    scale = jax.lax.rsqrt(jnp.maximum(second, 1e-10))
+    scale = lax.rsqrt(jnp.maximum(second, 1e-10))
     before, after = square.sum(-2, keepdims=True), (square * scale**2).sum(-2, keepdims=True)
     return (x * scale * jnp.sqrt(before / jnp.maximum(after, 1e-20))).astype(x.dtype), second
 

@@ -228,13 +228,14 @@ def start(c: Config):
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(HERE / ".cache/jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_default_matmul_precision", "highest" if c.float32 else None)
-    join = list  # nothing, if JAX is in use already, as in a notebook or a test
-    with suppress(RuntimeError):
+    try:
         if c.device != "auto":
             jax.config.update("jax_platforms", {"gpu": "cuda,cpu"}.get(c.device, c.device))
         jax.config.update("jax_num_cpu_devices", c.cpu_devices)
-        join = sharding.start_processes
-    join()
+        sharding.start_processes()
+    except RuntimeError as error:
+        if "before any" not in str(error):  # JAX is in use already, as in a notebook or a test
+            raise
     if jax.default_backend() == "cpu" != c.device and (c.device != "auto" or accelerator()):
         how = "install JAX's plugin (./launch does), end what else holds it, or say --device=cpu"
         raise InputError(f"JAX sees the CPU alone and no {accelerator() or c.device}: {how}")
