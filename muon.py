@@ -18,10 +18,11 @@ def orthogonalize(x):
     square = jnp.square(x.astype(jnp.float32)).sum((-2, -1), keepdims=True)
     x = (x / (1.02 * jnp.sqrt(square) + 1e-6)).astype(x.dtype)
     tall = x.shape[-2] > x.shape[-1]
-    for a, b, c in POLAR_EXPRESS:
+    dot = lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    for a, b, c in jnp.float32(POLAR_EXPRESS):  # else the coefficients, too, would be bfloat16
         gram = x.mT @ x if tall else x @ x.mT
-        poly = b * gram + c * (gram @ gram)
-        x = a * x + (x @ poly if tall else poly @ x)
+        poly = (b * gram + c * dot(gram, gram)).astype(x.dtype)
+        x = (a * x + (dot(x, poly) if tall else dot(poly, x))).astype(x.dtype)
     return x
 
 

@@ -38,6 +38,7 @@ HINTS = {  # what errors of libraries say -> what to do
     "No space left": "disk full, make room, and the same --run goes on:",
     "RESOURCE_EXHAUSTED": "out of device memory: try --device_rows=N, N smaller, or more --rows:",
     "initialize backend": "no such device for JAX:",
+    "RPC server": "no way to join the job, as its port is taken:",
 }
 Result = namedtuple("Result", "val_loss train_time run_dir")  # nats, seconds, Path
 # End (part of all steps), tokens a step, longest document, windows, factor of rates; MTP, from, to.
@@ -66,7 +67,7 @@ stages=smoke layers=pvs,k,b,lv heads=2 vocab=264 bos=256 bigram_rows=4096 muon_l
 adam_lr=0.015 val_tokens=131072 val_row_tokens=8192 val_long=192"""
 PRESETS = {"speedrun": "", "smoke": SMOKE}
 # Turns that a device takes for its n rows, device_rows at once.
-turns = lambda c, n: next((k for k in range(1, n) if n % k == 0 >= n // k - c.device_rows), n or 1)
+turns = lambda c, n: next(k for k in range(1, n + 2) if n % k == 0 and n // k <= c.device_rows)
 
 
 class Config(SimpleNamespace):
@@ -113,7 +114,8 @@ def program(c: Config, mesh) -> SimpleNamespace:
     kernels = {"tpu": model.splash, "gpu": model.cudnn} if mesh.shape["tensor"] == 1 else {}
     attend, why = kernels.get(chip.platform, model.attend), "" if kernels else ", as tensor is > 1"
     if attend is model.cudnn:
-        attend, why = model.trusted(attend, c.width // c.heads, dtype)
+        right, why = model.trusted(attend, c.width // c.heads, dtype)
+        attend = attend if ocp.multihost.broadcast_one_to_all(np.array(right)) else model.attend
     how = attend, f"{chip.platform} {chip.device_kind}"
     options = {"xla_allow_excess_precision": False} if "gpu" in how[1] else {}
     options |= {"xla_tpu_scoped_vmem_limit_kib": 49152} if "lite" in how[1] else {}
@@ -167,11 +169,9 @@ def program(c: Config, mesh) -> SimpleNamespace:
         return new | {"params": params}, jnp.sqrt(sum((g * g).sum() for g in grads.values()))
 
     def evaluate(params, rows, view):  # -> loss per token
-        def local(params, rows):
-            loss = partial(model.loss, use(params), c=c, view=views[view], mtp=jnp.ones(1))
-            return sharding.summed(jax.lax.map(lambda row: loss(row[None]), rows).sum())
-
-        return by_rows(local, (parts, cut), whole)(params, rows) / rows[:, 1:].size
+        loss = partial(model.loss, c=c, view=views[view], mtp=jnp.ones(1))
+        local = lambda ws, rows: sharding.summed(jax.lax.map(partial(loss, use(ws)), rows[:, None]))
+        return by_rows(local, (parts, cut), whole)(params, rows).sum() / rows[:, 1:].size
 
     def place(path, leaf):  # by the name in the table; a dimension of 1 is not split
         row = table.get(name := getattr(path[-1], "key", ""))
@@ -288,7 +288,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
     stages = [schedule[c.stage(step)][2] for step in range(c.steps)]
     plan = data_fineweb.plan(corpus, [(s.tokens // c.rows, s.max_doc, c.rows) for s in stages])
     held_out = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens, c.rows)
-    p = program(c, mesh)
+    p, val = program(c, mesh), sharding.global_rows(mesh, held_out.shape, held_out.__getitem__)
     run.mkdir(parents=True, exist_ok=True)
     lock = (run / f".lock{jax.process_index()}").open("a")
     try:  # so that no other goes on with the run while this one does
@@ -297,7 +297,6 @@ def train(c: Config, stop=lambda step: False) -> Result:
         if isinstance(error, BlockingIOError):  # not a file system without locks
             raise InputError(f"{run} is in training: end that, or choose another --run") from error
     manager, state, meta = opened(c, run, p, clean=True)
-    val = sharding.global_rows(mesh, held_out.shape, held_out.__getitem__)
     batch = lambda i: sharding.global_rows(mesh, (c.rows, stages[i].tokens // c.rows + 1), plan[i])
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
     began, like, n = time.perf_counter(), p.like["params"], sharding.ways(mesh, "rows")

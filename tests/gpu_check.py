@@ -69,9 +69,16 @@ def both(f, q, k, v, do):  # output and gradients
 def attention(keys: dict):  # of documents: both against `attend` in float32; q as the model has it
     tiny = "cpu" in keys
     K, dtype = 32 if tiny else 128, jnp.bfloat16
-    chosen, why = model.trusted(model.cudnn, K, dtype)
-    say("attention at start-up", "", chosen.__name__ + why)
-    passed = True
+    right, why = model.trusted(model.cudnn, K, dtype)
+    say("attention at start-up", "", ("cudnn" if right else "attend") + why)
+    freqs, f32 = model.yarn(K, [384, 896, 1408, 1664])[0], jnp.float32
+    angles = np.float32(range(524288))[:, None] * freqs  # of a row of validation, in pairs
+    off = [
+        np.abs(f(jnp.asarray(angles)) - g(angles)).max()
+        for f, g in ((jnp.cos, np.cos), (jnp.sin, np.sin))
+    ]
+    passed = max(off) < 1e-5
+    say("cos, sin of rotary's largest angles", "agree" if passed else "DIFFER", f"{max(off):.1e}")
     sizes = (2048, 128, 1), (8192, 384, 2), (16384, 896, 1), (49152, 768, 2), (49152, 1664, 1)
     for T, W, P in [(128, 32, 1), (128, 32, 2)] if tiny else sizes:
         rng, shape = (
@@ -95,6 +102,21 @@ def attention(keys: dict):  # of documents: both against `attend` in float32; q 
             say(name, "agrees" if close else "DIFFERS", f"cudnn: {cost(errors, fast, slow)}")
         except Exception as error:  # whatever the library, its version or the GPU lack
             say(name, "", "cudnn skipped: no GPU" if tiny else f"cudnn: {str(error)[:200]!r}")
+    T, W, P = (1024, 90, 2) if tiny else (262144, 2560, 2)  # a row of validation
+    q, k, v = (
+        jax.random.normal(key, (1, 2, T, K), dtype)
+        for key in jax.random.split(jax.random.key(0), 3)
+    )
+    doc, runs = jnp.arange(T)[None] // 300, (model.attend, model.cudnn)
+    name = f"{T} tokens, window {W}, forward alone"
+    try:
+        want, got = (jax.jit(f, static_argnums=(4, 5))(q / 9, k, v, doc, W, P) for f in runs)
+        error = rms(got, want.astype(f32))
+        passed = passed and error < 0.02
+        say(name, "agrees" if error < 0.02 else "DIFFERS", f"cudnn: {error:.1e}")
+    except Exception as error:  # a run would end with it
+        passed = passed and not right
+        say(name, "", "cudnn skipped: no GPU" if tiny else f"cudnn: {str(error)[:200]!r}")
     return 0 if passed else 3
 
 

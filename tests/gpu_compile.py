@@ -73,7 +73,7 @@ def main(argv: list[str]):
     fused.check_compute_capability = lambda capability: True  # these three ask a GPU that is there
     fused.is_cuda_compute_capability_equal = lambda capability: False
     fused.check_cudnn_version = lambda: 91200
-    model.trusted = lambda fast, K, dtype: (model.attend if plain else fast, "")
+    model.trusted = lambda fast, K, dtype: (not plain, "")
     c = train_gpt.Config(**keys)
     mesh = sharding.make_mesh("", devices)
     p = train_gpt.program(c, mesh)

@@ -1,8 +1,11 @@
 """What the network must not do, and what its tables promise."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import model
@@ -240,20 +243,38 @@ def test_longer_heads_keep_documents_apart(P, window, T, same_api):
 
 def test_attention_that_is_wrong_is_not_trusted(same_api):
     trusted = lambda f: model.trusted(f, 64, jnp.bfloat16)
-    assert trusted(model.cudnn)[0] is model.cudnn
+    right, why = trusted(model.cudnn)
+    assert right and "cudnn is off by 0.00" in why
     for wrong in (
         lambda q, k, v, doc, window, P: model.cudnn(q, k, v, doc, window + 1, P),
         lambda q, k, v, doc, window, P: model.cudnn(q, k, v, 0 * doc, window, P),
         lambda q, k, v, doc, window, P: model.cudnn(q, k, v, doc, window, P) * jnp.nan,
         lambda q, k, v, doc, window, P: jax.lax.stop_gradient(model.cudnn(q, k, v, doc, window, P)),
     ):
-        kernel, why = trusted(wrong)
-        assert kernel is model.attend and "off by" in why
+        right, why = trusted(wrong)
+        assert not right and "off by" in why
 
 
 def test_without_cudnn_attention_is_plain():
-    kernel, why = model.trusted(model.cudnn, 64, jnp.bfloat16)
-    assert kernel is model.attend and "cudnn fails" in why
+    right, why = model.trusted(model.cudnn, 64, jnp.bfloat16)
+    assert not right and "cudnn fails" in why
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_all_processes_take_the_attention_of_the_first(first, own, monkeypatch):
+    """Else they would compile different programs, and each wait for the others' part."""
+    gpu = SimpleNamespace(platform="gpu", device_kind="H100")
+    mesh = SimpleNamespace(devices=np.array([gpu]), shape={"tensor": 1})
+
+    def view(*args):
+        raise RuntimeError(f"attention by {args[-2].__name__}")
+
+    monkeypatch.setattr(model, "View", view)
+    monkeypatch.setattr(model, "trusted", lambda *_: (own, ""))
+    monkeypatch.setattr(ocp.multihost, "broadcast_one_to_all", lambda x: np.full_like(x, first))
+    with pytest.raises(RuntimeError, match="attention by " + ("cudnn" if first else "attend")):
+        train_gpt.program(C, mesh)
 
 
 @pytest.mark.parametrize("P, window, T", [(1, 9, 64), (2, 13, 32), (1, 40, 96)])

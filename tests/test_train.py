@@ -169,6 +169,7 @@ def test_more_devices_than_rows_is_one_line_too(tmp_path):
     done = run(tmp_path, "--preset=smoke", "--cpu_devices=16", "--steps=3")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "rows of 8 cannot be split 16 ways" in done.stderr
+    assert not any((tmp_path / "runs").glob("*"))
 
 
 @pytest.mark.parametrize(
