@@ -169,7 +169,13 @@ def test_more_devices_than_rows_is_one_line_too(tmp_path):
     done = run(tmp_path, "--preset=smoke", "--cpu_devices=16", "--steps=3")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "rows of 8 cannot be split 16 ways" in done.stderr
-    assert not any((tmp_path / "runs").glob("*"))
+
+
+def test_fewer_rows_of_validation_than_devices_leave_no_run(tmp_path):
+    few = ["--val_tokens=16384", "--val_row_tokens=8192"]
+    done = run(tmp_path, "--preset=smoke", "--cpu_devices=8", "--steps=3", *few)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "rows of 2 cannot be split 8 ways" in done.stderr and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
