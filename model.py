@@ -91,7 +91,7 @@ def rotary(x, theta, odd, view):
     other = x @ np.roll(eye, half, 0) if "tpu" in view.chip else jnp.roll(x, half, -1)  # as lookup
     cos, sin = jnp.tile(jnp.cos(theta), 2), jnp.concatenate([jnp.sin(theta), -jnp.sin(theta)], -1)
     cos, sin = (jnp.where(odd[:, None, None], t[-1], t[0]).astype(x.dtype) for t in (cos, sin))
-    return mix((cos, x), (sin, other))  # whose factors are bf16 in the record
+    return x * cos + other * sin  # in bf16: 2% fewer cycles on a v6e (predicted)
 
 
 def bigram_hash(tokens_BT, R: int):
