@@ -191,8 +191,13 @@ def test_a_process_that_cannot_join_does_not_train_alone(tmp_path):
         done = subprocess.run(
             command, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, timeout=300
         )
-    assert done.returncode == 2 and not (tmp_path / "runs").exists(), done.stdout + done.stderr
-    assert "no way to join the job, as its port is taken:" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "runs").exists(), done.stdout + done.stderr
+    # jaxlib 0.10.2 raises an error, or crashes with the same message, by how fast its threads are.
+    assert done.returncode in (2, -11) and "Failed to add port to server" in done.stderr, (
+        done.stderr
+    )
+    said = "no way to join the job, as its port is taken: "
+    assert done.returncode == -11 or done.stderr.splitlines()[-1].startswith(said), done.stderr
 
 
 def test_stopped_killed_and_gone_on_has_the_losses_of_one_process(one, two):
