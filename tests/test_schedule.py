@@ -1,6 +1,7 @@
 """`speedrun` at all 1490 steps against numbers of record #77's own schedule, which the parity run,
 at a reduced size and in 14 steps, cannot show. Its classes were run for them, step by step."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -34,10 +35,8 @@ def size_and_decay(rule, rows, state, steps):
     ones = {name: jnp.ones((1, 1)) for name in rows}
     weights = jax.tree.map(lambda x: 1024 * x, ones)  # of the sign for which they decay
     move = lambda p, step: rule.update(ones, state, p, step=step, odd=True)[0]
-    both = jax.jit(
-        lambda step: (move(weights, step), move(jax.tree.map(jnp.negative, weights), step))
-    )
-    decays, moves = jax.vmap(both)(steps)
+    at_steps = lambda p: jax.jit(jax.vmap(partial(move, p)))(steps)
+    decays, moves = at_steps(weights), at_steps(jax.tree.map(jnp.negative, weights))
     flat = lambda name: (-moves[name].ravel(), (moves[name] - decays[name]).ravel() / 1024)
     return {name: np.stack(flat(name), 1) for name in rows}
 
