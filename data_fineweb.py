@@ -46,10 +46,10 @@ def open_corpus(data: str, vocab: int, bos: int, cache: Path = Path("data")) -> 
         return Corpus(train, val[0], bos, partial(read_shard, vocab=vocab))
     if bos < (least := 256 if vocab <= 50256 else 50256):  # else it is a token of the texts
         raise DataError(f"--bos={bos}: --vocab={vocab} takes --bos={least} or more for texts")
-    mine, endings = data != "stdlib", (".txt",) if data != "stdlib" else (".py", ".txt")
+    endings, skip = ((".py", ".txt"), SKIP) if data == "stdlib" else ((".txt",), set())
     found = [p for p in [root, *sorted(root.rglob("*"))] if p.suffix in endings and p.is_file()]
     names = [p.relative_to(root if root.is_dir() else root.parent) for p in found]
-    files = {n.as_posix(): p for n, p in zip(names, found) if mine or not SKIP & {*n.parts}}
+    files = {n.as_posix(): p for n, p in zip(names, found) if not skip & {*n.parts}}
     return Corpus(*tokenize(data, files, vocab, bos), bos, lambda tokens: tokens)
 
 

@@ -8,9 +8,8 @@ from collections import namedtuple
 from functools import cache, partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import lax, numpy as jnp
 from jax.nn.initializers import constant, normal
 
 import sharding
@@ -103,7 +102,7 @@ def bigram_hash(tokens_BT, R: int):
 def attend(q, k, v, doc, window: int, P: int):
     """Attention of heads (B, H, T, K) to the same document (B, T), `window` tokens back, not ahead.
     P heads are one of P T tokens: its token t P + p is token t of the p-th."""
-    (B, _, T, K), N, f32 = q.shape, P * q.shape[2], jnp.float32
+    (B, _, T, K), N = q.shape, P * q.shape[2]
     block = math.gcd(N, 1 << max(5, min(9, (window // 2).bit_length())))
     back = -(-window // block)
     span = (back + 1) * block  # what a block of queries sees: memory grows with N x window
@@ -120,7 +119,7 @@ def attend(q, k, v, doc, window: int, P: int):
     @jax.checkpoint
     def head(qkv):  # (B, T, P, K) each
         q, (k, v) = qkv[0].reshape(B, -1, block, K), (band(x.reshape(B, N, K)) for x in qkv[1:])
-        logits = jnp.einsum("bnqk,bnsk->bnqs", q, k, preferred_element_type=f32)
+        logits = jnp.einsum("bnqk,bnsk->bnqs", q, k, preferred_element_type=jnp.float32)
         p = jax.nn.softmax(jnp.where(seen, logits, -1e30)).astype(v.dtype)
         return jnp.einsum("bnqs,bnsk->bnqk", p, v).reshape(B, N, K)
 
@@ -175,8 +174,8 @@ def cudnn(q, k, v, doc, window: int, P: int):
 def trusted(fast, K: int, dtype):
     """Whether the gradients of `fast` on this device are those of `attend`; and why, a text."""
     x, doc = jax.random.normal(jax.random.key(0), (3, 2, 4, 512, K)), jnp.arange(1024) // 300
-    f = lambda x, f: jnp.square(f(x[0] / 9, *x[1:], doc.reshape(2, 512), 99, 2)).sum()
-    gradients = jax.jit(jax.grad(f), static_argnums=1)
+    total = lambda x, f: jnp.square(f(x[0] / 9, *x[1:], doc.reshape(2, 512), window=99, P=2)).sum()
+    gradients = jax.jit(jax.grad(total), static_argnums=1)
     try:
         want, got = gradients(x, attend), gradients(x.astype(dtype), fast)
         error = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
@@ -230,8 +229,8 @@ def features(w, tokens_BT, c, view):
         else:
             layer |= take("qkv", "out", "attn_gate") | {"post": w["post"][i, 0]}
             layer |= take("value_gate") | {"ve": next(values)} if "v" in kind else {}
-            attn, y = again(partial(attention, kind=kind, view=view, doc=doc)), kept.get("b", x)
-            y = attn(y, root(y), layer)
+            y = kept.get("b", x)
+            y = again(partial(attention, kind=kind, view=view, doc=doc))(y, root(y), layer)
             inject = [(w["x0_inject"][i], x0), (w["bigram_inject"][i], bigram)]
             x = mix((w["resid"][i, 0], x), (1, y), *inject[: 2 if i else 1])
         h = jnp.square(jax.nn.relu(mix((root(x), x @ layer["up"].T))))  # ReLU^2, arXiv:2109.08668

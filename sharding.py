@@ -31,7 +31,8 @@ def start_processes():
         ranks = (int(environ[n]) for n in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if n in environ)
         return jax.distributed.initialize(address, *ranks)  # no LOCAL_RANK: all of its host
     with suppress(ValueError, OSError):  # so it is none
-        jax.distributed.initialize()
+        if environ.get("TPU_PROCESS_ADDRESSES") != "local":  # Kaggle's one host: JAX would wait
+            jax.distributed.initialize()
         if environ.get("SLURM_TASKS_PER_NODE", "").partition("(")[0] == "1":  # JAX takes one GPU
             jax.config.update("jax_cuda_visible_devices", "all")
 
@@ -44,11 +45,11 @@ def make_mesh(layout: str, devices=None) -> Mesh:
         if name not in sizes or not size.isdecimal() or int(size) < 1:
             raise InputError(f"--mesh={layout}: '{word}' is not AXIS:SIZE, AXIS of {list(sizes)}")
         sizes[name] = int(size)
-    n, kinds = int(np.prod(list(sizes.values()))), (AxisType.Auto,) * len(sizes)
+    n = int(np.prod([*sizes.values()]))
     if n > len(devices) or (n < len(devices) and jax.process_count() > 1):
         raise InputError(f"--mesh={layout} is {n} devices, but there are {len(devices)}")
     grid = create_device_mesh([*sizes.values()], devices[:n], allow_split_physical_axes=True)
-    return Mesh(grid, tuple(sizes), kinds)
+    return Mesh(grid, tuple(sizes), (AxisType.Auto,) * len(sizes))
 
 
 def placed(mesh: Mesh, axes, shape=(), name: str = "") -> NamedSharding:

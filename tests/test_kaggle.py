@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -132,18 +134,47 @@ def test_an_address_that_nobody_set_is_asked_for(tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and not (tmp_path / "working/nanogpt-speedrun").exists()
 
 
-@pytest.mark.parametrize("said", ["0.9.2\nTPU v5 lite\n", ""])
-def test_an_old_jax_ends_the_cell_and_says_how_to_get_another(tmp_path, monkeypatch, capsys, said):
+def commands(tmp_path, monkeypatch, jax, **settings):
+    """What the first cell runs, where such a JAX is installed; pip and the device are stand-ins."""
     monkeypatch.chdir(ROOT)  # with the code in it
-    cells, scope = settled(tmp_path)
+    cells, scope = settled(tmp_path, **settings)
     for name in ("JAX_COMPILATION_CACHE_DIR", "GIT_TERMINAL_PROMPT"):
         monkeypatch.setenv(name, "")
-    ran = SimpleNamespace(stdout=said, stderr="ModuleNotFoundError: no jax")
-    monkeypatch.setattr(subprocess, "run", lambda *args, **more: ran)
+    found, ran = {"jax": jax} if jax else {}, []
+
+    def version(name):
+        if name not in found:
+            raise metadata.PackageNotFoundError(name)
+        return found[name]
+
+    done = nullcontext(SimpleNamespace(stdout=["installed\n"], returncode=0))
+    asked = SimpleNamespace(stdout="", stderr="", returncode=-11)  # a libtpu that crashes
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: ran.append(command) or done)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: asked)
+    exec(cells["code"], scope)
+    return [command[5:] for command in ran if command[1:5] == ["-m", "pip", "install", "-q"]]
+
+
+@pytest.mark.parametrize("jax", ["0.9.2", None])
+def test_an_old_jax_ends_the_cell_and_says_how_to_get_another(tmp_path, monkeypatch, capsys, jax):
     with pytest.raises(RuntimeError, match="set UPGRADE_JAX = True") as error:
-        exec(cells["code"], scope)
-    assert f"here is {said[:5] or 'none'}:" in str(error.value)
-    assert capsys.readouterr().out.startswith(f"code: {ROOT}\nJAX {said[:5] or 'is not here'}: ")
+        commands(tmp_path, monkeypatch, jax)
+    assert f"here is {jax or 'none'}:" in str(error.value)
+    assert capsys.readouterr().out == f"code: {ROOT}\n"
+    (got, more) = commands(tmp_path, monkeypatch, jax, UPGRADE_JAX=True)
+    assert got == ["jax[tpu]>=0.10"] and more
+
+
+def test_the_images_jax_gets_its_own_libtpu(tmp_path, monkeypatch, capsys):
+    """Kaggle's image puts an older one in its place, with which no Pallas kernel compiles."""
+    got, small = commands(tmp_path, monkeypatch, "0.10.2")
+    assert got == ["jax[tpu]==0.10.2"]
+    assert "tensorboard" in " ".join(small) and "jax" not in " ".join(small)
+    said = capsys.readouterr().out
+    assert "exit status -11" in said and "restart the session" in said
+    (small,) = commands(tmp_path, monkeypatch, "0.10.2", EXTRA="")
+    assert "jax" not in " ".join(small) and "no TPU" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("runs", [[], ["a"], ["a-here"], ["a", "a-here"]])

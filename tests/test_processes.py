@@ -243,6 +243,19 @@ def test_a_slurm_task_that_is_alone_on_its_node_has_all_its_gpus(tasks, gpus):
     assert done.stdout.split() == ["True", gpus], done.stdout + done.stderr[-2000:]
 
 
+def test_kaggles_tpu_host_is_no_job():
+    """Its image has these variables, by which JAX would wait for a host of the name "local"."""
+    kaggle = {"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_ID": "0"}
+    code = f"import sys; sys.path.insert(0, '{ROOT}'); import jax, sharding; "
+    code += "from jax._src.clusters import cloud_tpu_cluster as tpu; "
+    code += "tpu.running_in_cloud_tpu_vm, tpu.get_metadata = True, lambda key: ('', 404); "
+    code += "assert tpu.GkeTpuCluster.is_env_present(), 'JAX knows it by other means'; "
+    code += "sharding.start_processes(); print(jax.distributed.is_initialized())"
+    command, env = [sys.executable, "-c", code], os.environ | kaggle
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["False"], done.stdout + done.stderr[-2000:]
+
+
 def test_a_part_that_one_cannot_read_ends_all(two, tmp_path, monkeypatch):
     """None goes on from another step than the others: what to remove is said in the last line."""
     cut(two[0], tmp_path)
