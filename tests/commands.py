@@ -12,7 +12,7 @@ ONE_LAYER = [*TINY, "--layers=pvl"]
 CODE = f"""import os, runpy, sys
 sys.path.insert(0, "{ROOT}")
 start = os.execv
-os.execv = lambda path, argv: sys.exit() if "--end" in argv else start(path, argv)
+os.execv = lambda path, argv: os._exit(0) if "--end" in argv else start(path, argv)
 runpy.run_path("{ROOT}/train_gpt.py", run_name="__main__")"""
 PYTHON = [sys.executable, "-c", CODE]
 

@@ -419,6 +419,21 @@ def test_a_save_that_has_begun_ends_whatever_comes(tmp_path):
     assert len(on_board(tmp_path).Tensors("train_loss")) == 5
 
 
+OPEN = f"""import os, runpy, sys
+sys.path.insert(0, "{ROOT}")
+os.dup2(0, 77)  # as the library of a TPU holds one open
+start = os.execv
+shows = "import os; print('open:', [n for n in os.listdir('/proc/self/fd') if int(n) > 3])"
+os.execv = lambda path, argv: start(path, [path, "-c", shows])
+runpy.run_path("{ROOT}/train_gpt.py", run_name="__main__")"""
+
+
+def test_the_sample_holds_nothing_open_that_the_training_had(tmp_path):
+    """A TPU can be opened but once, and the sample is of the training's process."""
+    done = run(tmp_path, *ONE_LAYER, "--steps=2", command=[*PYTHON[:2], OPEN])
+    assert done.stdout.endswith("\nopen: []\n"), done.stdout + done.stderr[-2000:]
+
+
 def test_a_run_that_cannot_be_written(tmp_path):
     (tmp_path / "runs").write_text("a file where a directory should be")
     done = run(tmp_path, *TINY, "--steps=2", "--run=a")
