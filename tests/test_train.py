@@ -419,6 +419,24 @@ def test_a_save_that_has_begun_ends_whatever_comes(tmp_path):
     assert len(on_board(tmp_path).Tensors("train_loss")) == 5
 
 
+@pytest.mark.parametrize("chip, at_once", [("gpu NVIDIA H100", 1), ("tpu TPU v5 lite", None)])
+def test_a_gpu_compiles_one_program_after_the_other(tmp_path, monkeypatch, chip, at_once):
+    """On which XLA times kernels meanwhile; other devices have nothing to do with it."""
+    program, pool, asked = train_gpt.program, train_gpt.ThreadPoolExecutor, []
+
+    def as_if(c, mesh):
+        p = program(c, mesh)
+        p.views = [view._replace(chip=chip) for view in p.views]
+        return p
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt, "program", as_if)
+    monkeypatch.setattr(train_gpt, "ThreadPoolExecutor", lambda n: asked.append(n) or pool(n))
+    keys = dict(arg[2:].split("=") for arg in ONE_LAYER)
+    assert np.isfinite(train_gpt.train(train_gpt.Config(**keys, steps=2)).val_loss)
+    assert asked == [at_once]
+
+
 OPEN = f"""import os, runpy, sys
 sys.path.insert(0, "{ROOT}")
 os.dup2(0, 77)  # as the library of a TPU holds one open
