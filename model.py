@@ -90,7 +90,7 @@ def rotary(x, theta, odd, view):
     other = x @ np.roll(eye, half, 0) if "tpu" in view.chip else jnp.roll(x, half, -1)  # as lookup
     cos, sin = jnp.tile(jnp.cos(theta), 2), jnp.concatenate([jnp.sin(theta), -jnp.sin(theta)], -1)
     cos, sin = (jnp.where(odd[:, None, None], t[-1], t[0]).astype(x.dtype) for t in (cos, sin))
-    return x * cos + other * sin  # in bf16: 2% fewer cycles on a v6e (predicted)
+    return mix((cos, x), (sin, other))  # whose factors are bf16 in the record, too
 
 
 def bigram_hash(tokens_BT, R: int):
@@ -156,7 +156,8 @@ def splash(q, k, v, doc, window: int, P: int):
         return attend(q, k, v, doc, window, P)
     eye = np.eye(K, dtype=q.dtype)  # see laid
     rows = (lax.optimization_barrier(x @ eye).reshape(B, -1, P * T, K) for x in (q, k, v))
-    return laid(splash_kernel(H // P, T, window, P)(*rows, jnp.tile(doc, P)).reshape(q.shape), True)
+    o = lax.optimization_barrier(splash_kernel(H // P, T, window, P)(*rows, jnp.tile(doc, P)))
+    return laid(o.reshape(q.shape), True)  # two barriers: 2% fewer cycles on a v6e (predicted)
 
 
 def cudnn(q, k, v, doc, window: int, P: int):
@@ -189,7 +190,7 @@ def attention(x, size, w, kind: str, view, doc):
     (B, T, D), K, P = x.shape, 2 * len(view.freqs), 1 + ("p" in kind)
     qkv = (w["qkv_scale"] * w["qkv"]).astype(x.dtype).reshape(3, -1, K, D)
     q, k, v = (jnp.einsum("btd,hkd->bhtk", x, rows) for rows in qkv)  # T, K: a TPU's tiles
-    gate = lambda y, n: lax.logistic(jnp.einsum("btg,hg->bht", y, w[n])).astype(x.dtype)[..., None]
+    gate = lambda y, n: lax.logistic(jnp.einsum("btg,hg->bht", y, w[n]))[..., None]  # float32
     y, v = mix((size, x[..., :G])), [(size[:, None], v)]
     if "v" in kind:
         both = jnp.concatenate([y[..., : G // 2], w["ve"][..., : G // 2]], -1)
@@ -199,10 +200,9 @@ def attention(x, size, w, kind: str, view, doc):
     # In pairs the record turns odd heads one further; its pairs are h and h + H/2, ours neighbours.
     odd = np.arange(q.shape[1]).reshape(P, -1).T.ravel() % P if P == 2 else np.zeros(1)
     q, k = (rotary(mix((by * root(x), x)), theta, odd, view) for x, by in ((q, view.scale), (k, 1)))
-    if "l" in kind:  # dims that do not turn look one token back (record 49)
-        k = jnp.where(np.tile(view.freqs == 0, 2), shift(k), k)
-    window = view.long if "l" in kind else view.short
-    o = view.attend(q, k, mix(*v), doc, window, P) * gate(y, "attn_gate")
+    still = np.tile(view.freqs == 0, 2)  # dims that do not turn look one token back (record 49)
+    k, window = (jnp.where(still, shift(k), k), view.long) if "l" in kind else (k, view.short)
+    o = mix((gate(y, "attn_gate"), view.attend(q, k, mix(*v), doc, window, P)))
     out = (w["post"] * w["out_scale"] * w["out"]).astype(x.dtype).reshape(D, -1, K)
     return jnp.einsum("bhtk,dhk->btd", o, out)
 
