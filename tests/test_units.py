@@ -109,6 +109,33 @@ def test_yarn_and_rotary(size, K, unit):
         close(model.rotary(x, theta, np.arange(6) % 2, view), y)
 
 
+@pytest.mark.parametrize("view", VIEWS, ids=["cpu", "tpu"])
+def test_bfloat16_is_rounded_once_behind_rotary_and_gates(view):
+    """As far as float32's own rounding lets one say: one element in a thousand may differ."""
+    T, K, H, bf16 = 24, 16, 2, jnp.bfloat16
+    same = lambda got, want: (got.dtype == bf16) & ((got == want.astype(bf16)).mean() > 0.999)
+    x, o, qkv, rows = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(1, H, T, K), (1, H, T, K), (3, H * K, H * K), (H, model.G)])
+    )
+    theta = jnp.arange(T)[None, :, None] * model.yarn(K, [16])[0]
+    cos, sin = (
+        jnp.tile(f(theta[0]), 2).astype(bf16).astype(jnp.float32) for f in (jnp.cos, jnp.sin)
+    )
+    x = x.astype(bf16)
+    other = jnp.roll(x, K // 2, -1) * np.repeat([1, -1], K // 2)
+    want = x.astype(jnp.float32) * cos + other.astype(jnp.float32) * sin
+    assert same(model.rotary(x, theta, np.zeros(1, int), view), want)
+
+    o, y = o.astype(bf16), x.reshape(1, T, H * K)
+    view = view._replace(freqs=model.yarn(K, [16])[0], attend=lambda *_: o)
+    w = {"qkv": qkv, "attn_gate": rows, "out": jnp.eye(H * K), "post": 1, "out_scale": 1}
+    got = model.attention(y, model.root(y), w | {"qkv_scale": 1}, "o", view, None)
+    gate = jax.nn.sigmoid(model.norm(y)[0, :, : model.G].astype(jnp.float32) @ rows.T)  # (T, H)
+    want = gate.T[:, :, None] * o[0].astype(jnp.float32)
+    assert same(got.reshape(T, H, K).swapaxes(0, 1), want)
+
+
 @pytest.mark.parametrize("name, K", [("mask/w16", 8), ("mask/w16_paired_2T", 8)])
 def test_attention_sees_what_the_mask_says(name, K):
     mask = U[name]
