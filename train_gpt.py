@@ -77,8 +77,9 @@ class Config(SimpleNamespace):
         preset, like = choose("preset", keys.get("preset", "speedrun"), PRESETS), words(KEYS)
         values = like | words(PRESETS[preset]) | {choose("key", n, like): keys[n] for n in keys}
         super().__init__(**{name: typed(name, values[name], like[name]) for name in like})
+        stages = STAGES[choose("stages", self.stages, STAGES)]
         odd = [self.heads % 2, self.width % (4 * self.heads), self.bos >= min(self.vocab, 2**16)]
-        if any(odd + [s.tokens % self.rows for s in STAGES[choose("stages", self.stages, STAGES)]]):
+        if any(odd + [stage.tokens % self.rows for stage in stages]):
             raise InputError("need even --heads, --width = 4 n heads, --bos < --vocab, --rows 2**n")
 
     def schedule(self) -> list[tuple[int, int, Stage]]:  # (first step, end, stage) of each
@@ -108,11 +109,10 @@ def typed(name: str, value, like: str):  # `value`, perhaps text, of the kind th
 def program(c: Config, mesh) -> SimpleNamespace:
     """init, gradients, update, evaluate, bits, on a mesh; `like`: the state's shapes and places."""
     table, schedule, stages = model.param_table(c), c.schedule(), STAGES[c.stages]
-    K, dtype = c.width // c.heads, jnp.float32 if c.float32 else jnp.bfloat16
-    chip = "{0.platform} {0.device_kind}".format(mesh.devices.flat[0])
+    device, dtype = mesh.devices.flat[0], jnp.float32 if c.float32 else jnp.bfloat16
+    chip, K = f"{device.platform} {device.device_kind}", c.width // c.heads
     kernels = {"tpu": model.splash, "gpu": model.cudnn} if mesh.shape["tensor"] == 1 else {}
-    attend = kernels.get(chip.split()[0], model.attend)
-    why = "" if kernels else ", as tensor is > 1"
+    attend, why = kernels.get(device.platform, model.attend), "" if kernels else ", for tensor > 1"
     if attend is model.cudnn:
         right, why = model.trusted(attend, K, dtype)
         attend = attend if ocp.multihost.broadcast_one_to_all(np.array(right)) else model.attend
