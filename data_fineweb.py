@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, utils
 
 HUB = {"fineweb10B": 103, "finewebedu10B": 99}  # kjj0/NAME-gpt2 on the hub -> training shards
 Corpus = namedtuple("Corpus", "train val bos read")  # shards, read(shard) -> tokens (n,)
@@ -21,14 +21,14 @@ def read_shard(path: Path, vocab: int, repo: str = "") -> np.ndarray:
     """Tokens (n,) uint16, mapped, of a shard, if need be from the hub. Raises DataError."""
     if repo and not path.exists():
         try:
-            hf_hub_download(repo, path.name, repo_type="dataset", local_dir=path.parent)
+            with utils.WeakFileLock(f"{path}.lock"):  # else each of several processes downloads it
+                hf_hub_download(repo, path.name, repo_type="dataset", local_dir=path.parent)
         except Exception as error:  # of several HTTP libraries
             raise DataError(f"{path}: no download: {' '.join(str(error).split())}") from error
-    header, room = np.fromfile(path, "<i4", 256), (path.stat().st_size - 1024) // 2
-    if len(header) < 256 or [*header[:2]] != [20240520, 1] or not 0 < header[2] <= room:
-        says = f"{header[:3].tolist()}, not [20240520, 1, 1 to {room}]: cut off?"
-        raise DataError(f"{path}: not a token shard: magic number, version and tokens are {says}")
-    tokens = np.memmap(path, "<u2", "r", 1024, (int(header[2]),))
+    header, room = np.fromfile(path, "<i4", 256).tolist(), (path.stat().st_size - 1024) // 2
+    if len(header) < 256 or header[:2] != [20240520, 1] or not 0 < header[2] <= room:
+        raise DataError(f"{path}: not a token shard: magic, version, tokens {header[:3]}: cut off?")
+    tokens = np.memmap(path, "<u2", "r", 1024, (header[2],))
     if tokens.max() >= vocab:
         raise DataError(f"{path}: token {tokens.max()} is outside the vocabulary of {vocab}")
     return tokens
@@ -40,7 +40,7 @@ def open_corpus(data: str, vocab: int, bos: int, cache: Path = Path("data")) -> 
         read = partial(read_shard, vocab=vocab, repo=f"kjj0/{data}-gpt2")
         shard = lambda part, i: cache / data / f"{data[:-3]}_{part}_{i:06d}.bin"
         return Corpus([shard("train", i + 1) for i in range(HUB[data])], shard("val", 0), bos, read)
-    root = Path(sysconfig.get_path("stdlib") if data == "stdlib" else data)
+    root = Path(sysconfig.get_path("stdlib") if data == "stdlib" else data).expanduser()
     val, train = (sorted(root.glob(f"*_{part}_*.bin")) for part in ("val", "train"))
     if val and train:
         return Corpus(train, val[0], bos, partial(read_shard, vocab=vocab))
@@ -65,7 +65,7 @@ def tokenize(data: str, files: dict, vocab: int, bos: int) -> tuple:
         held_out |= {name: ids[cut:]} if cut < len(ids) else {}
         train |= {b"%s %d" % (name, i): ids[i : min(i + 1023, cut)] for i in range(0, cut, 1023)}
     if not (train and held_out):
-        raise DataError(f"--data={data}: no *_train_*.bin or enough .txt; or {[*HUB, 'stdlib']}")
+        raise DataError(f"--data={data}: no train, val .bin or enough .txt; or {[*HUB, 'stdlib']}")
     mixed = lambda d: np.concatenate([x for n in sorted(d, key=zlib.crc32) for x in (start, d[n])])
     return [mixed(train)], mixed(held_out)
 
@@ -81,8 +81,7 @@ def encode(text: bytes, vocab: int) -> np.ndarray:
 def plan(corpus: Corpus, steps) -> list:
     """For steps of (row tokens, max_doc, rows): of each a function, slice -> those of its rows."""
     # Documents, cut at max_doc, till the row is full; a shard's tail is dropped, as in the record.
-    cut = lambda tokens, row: np.concatenate([tokens[i] for i in row])
-    batch = lambda tokens, step, rows: np.stack([cut(tokens, row) for row in step[rows]])
+    batch = lambda t, step, rows: np.stack([np.concatenate([t[i] for i in r]) for r in step[rows]])
     planned = []
     for tokens in map(corpus.read, corpus.train):
         step, n = [[]], 0  # rows, tokens in the last of them
@@ -97,7 +96,7 @@ def plan(corpus: Corpus, steps) -> list:
                 step = [[]]
             if len(planned) == len(steps):
                 return planned
-    raise DataError(f"training data lasts {len(planned)} of {len(steps)} steps: fewer --steps?")
+    raise DataError(f"training data lasts {len(planned)} of {len(steps)} steps: --steps? --bos?")
 
 
 def validation(corpus: Corpus, tokens: int, row_tokens: int, split: int = 1) -> np.ndarray:

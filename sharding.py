@@ -27,9 +27,9 @@ ways = lambda mesh, axis: int(np.prod([mesh.shape[name] for name in RULES.get(ax
 def start_processes():
     """Joins those of a job, by torchrun's variables or what JAX knows: SLURM, MPI, TPU pods."""
     if int(environ.get("WORLD_SIZE", 1)) > 1:  # on MASTER_PORT torchrun itself may listen
-        address = f"{environ['MASTER_ADDR']}:{int(environ['MASTER_PORT']) + 1}"
-        ranks = (int(environ[n]) for n in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if n in environ)
-        return jax.distributed.initialize(address, *ranks)  # no LOCAL_RANK: all of its host
+        at = f"{environ['MASTER_ADDR']}:{int(environ['MASTER_PORT']) + 1}"  # alone: takes all GPUs
+        names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")[: 2 + (environ.get("LOCAL_WORLD_SIZE") != "1")]
+        return jax.distributed.initialize(at, *(int(environ[n]) for n in names if n in environ))
     with suppress(ValueError, OSError):  # so it is none
         if environ.get("TPU_PROCESS_ADDRESSES") != "local":  # Kaggle's one host: JAX would wait
             jax.distributed.initialize()

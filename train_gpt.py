@@ -99,9 +99,9 @@ def choose(what: str, name: str, table):
 
 def typed(name: str, value, like: str):  # `value`, perhaps text, of the kind that `like` is
     kinds = {"true or false": "(?i)true|false", "int above 0": r"[1-9]\d*", "int": r"(?!0.)\d{1,9}"}
-    kinds |= {"float": r"(?i)\d+(\.\d+)?(e[+-]?\d+)?", "layers": "[bklopsv,]+", "text": "(?s).*"}
-    kind = next(kind for kind, form in kinds.items() if re.fullmatch(form, like))
-    if not re.fullmatch(kinds[kind], str(value)):
+    kinds |= {"float": r"(?i)(?!0\d)\d+(\.\d+)?(e[+-]?\d+)?", "layers": "[bklopsv,]+", "text": ".*"}
+    kind = next(kind for kind, form in kinds.items() if re.fullmatch(form, like, re.S))
+    if not re.fullmatch(kinds[kind], str(value), re.A | re.S):
         raise InputError(f"--{name}={value}: expected {kind}, like {like}")
     return str(value) if kind in ("layers", "text") else json.loads(str(value).lower())
 
@@ -228,8 +228,8 @@ def start(c: Config):
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_default_matmul_precision", "highest" if c.float32 else None)
     try:
-        if c.device != "auto":
-            jax.config.update("jax_platforms", {"gpu": "cuda,cpu"}.get(c.device, c.device))
+        on = {"auto": jax.config.jax_platforms, "cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu"}
+        jax.config.update("jax_platforms", on[choose("device", c.device, on)])
         jax.config.update("jax_num_cpu_devices", c.cpu_devices)
         sharding.start_processes()
     except RuntimeError as error:
@@ -273,7 +273,7 @@ def configured(run: Path) -> tuple[dict, str]:
 def train(c: Config, stop=lambda step: False) -> Result:
     """Trains, or goes on with the run, to the last step. If `stop` says so saves and exits, 75."""
     start(c)
-    fresh = f"{c.run}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}".strip("-")
+    fresh = f"{c.run}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}".strip("-")
     name = np.frombuffer(f"{c.run if c.run and c.resume else fresh:240}".encode(), np.uint8)
     run = Path("runs", bytes(ocp.multihost.broadcast_one_to_all(name)).decode().strip())
     (was, log), now, schedule = configured(run), vars(c), c.schedule()

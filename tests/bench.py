@@ -74,7 +74,8 @@ def compiled_of(keys, stage):  # -> program, mesh, rows, compiled gradients and 
     began = time.perf_counter()
     jobs = [partial(p.gradients.lower, p.like["params"], rows, first, stage)]
     jobs += [partial(p.update.lower, p.like, p.like["params"], odd) for odd in (0, 1)]
-    with ThreadPoolExecutor() as pool:  # as training does
+    alone = 1 if "gpu" in p.views[0].chip else None  # as training does: XLA times kernels there
+    with ThreadPoolExecutor(alone) as pool:
         programs = list(pool.map(lambda lower: lower().compile(), jobs))
     return p, mesh, rows, programs, time.perf_counter() - began
 

@@ -100,7 +100,8 @@ def attention(keys: dict):  # of documents: both against `attend` in float32; q 
             close = all(a <= 2 * b + 2e-3 for a, b in zip(errors, off))
             passed, fast = passed and close, milliseconds(both, f, *args)
             say(name, "agrees" if close else "DIFFERS", f"cudnn: {cost(errors, fast, slow)}")
-        except Exception as error:  # whatever the library, its version or the GPU lack
+        except Exception as error:  # a run that trusts it would end with it
+            passed = passed and not right
             say(name, "", "cudnn skipped: no GPU" if tiny else f"cudnn: {str(error)[:200]!r}")
     T, W, P = (1024, 90, 2) if tiny else (262144, 2560, 2)  # a row of validation
     q, k, v = (
@@ -199,9 +200,10 @@ def pytorch(keys: dict):  # 11 blocks of speedrun's size in both
 
 CHECKS = {"float32": partial(losses, "float32", parity.BARS, 6)}
 CHECKS |= {"bfloat16": partial(losses, "bfloat16", {"loss": 1e-3, "gradient": 0.1}, 2)}
-CHECKS |= {"attention": attention, "head": head, "speedrun": partial(training, "speedrun")}
-CHECKS |= {"pytorch": pytorch, "fp8": partial(training, "fp8"), "stage-0": partial(stage, 0, 1)}
-CHECKS |= {"stage-2": partial(stage, 2, 1), "4-rows": partial(stage, 0, 4)}
+CHECKS |= {"attention": attention, "head": head}
+CHECKS |= {"stage-0": partial(stage, 0, 1), "stage-2": partial(stage, 2, 1)}  # runs need them
+CHECKS |= {"speedrun": partial(training, "speedrun"), "pytorch": pytorch}
+CHECKS |= {"fp8": partial(training, "fp8"), "4-rows": partial(stage, 0, 4)}
 CHECKS |= {"plain": partial(training, "plain")}
 
 

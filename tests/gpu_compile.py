@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections import Counter
+from math import prod
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -38,6 +39,20 @@ cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES } }""
 NAMES = r"%([\w.-]+)"
 
 
+def needed(body: dict, users: dict, name: str) -> float:
+    """The part of an instruction's elements that a fusion reads, or more where it reads twice."""
+    parts, many = {}, lambda type: prod(map(int, re.findall(r"\d+", re.split(r"[][]", type)[1])))
+    for j in users.get(name, ()):
+        first, part = re.findall(NAMES, j.args)[0] == name, many(j.type) / many(body[name].type)
+        if j.op in ("gather", "slice", "dynamic-slice") and first:
+            parts[j.type, j.args, j.text.partition("metadata")[0]] = part
+        elif j.op == "dynamic-update-slice" and first:
+            parts[j.name] = 0
+        else:  # as many elements as before: one by one, or in another order
+            parts[j.name] = needed(body, users, j.name) if part == 1 and j.op != "reduce" else 1
+    return min(1, sum(parts.values())) if parts else 1
+
+
 def moved(text: str) -> tuple[int, float]:
     """Kernels of a step that are not a library's, and bytes in and out of them, loops multiplied:
     operands and results whole, but of what is only sliced or gathered from, or updated in place,
@@ -48,19 +63,17 @@ def moved(text: str) -> tuple[int, float]:
     for i, times in hlo.walk(module):
         if i.op != "fusion" and not i.op.startswith("copy"):
             continue
-        args, read, written = re.findall(NAMES, i.args), 0, hlo.size(i.type)
         body = module[hlo.called(i, "calls")[0]] if i.op == "fusion" else []
+        users = {p.name: [j for j in body if p.name in re.findall(NAMES, j.args)] for p in body}
+        own, args = {p.args: p.name for p in body if p.op == "parameter"}, re.findall(NAMES, i.args)
+        written, body = hlo.size(i.type), {j.name: j for j in body}
         for n, arg in enumerate(args):
-            own = [p.name for p in body if p.op == "parameter" and p.args == str(n)]
-            users = [j for j in body if own and own[0] in re.findall(NAMES, j.args)]
-            if users and all(j.op in ("gather", "slice", "dynamic-slice") for j in users):
-                read += sum(hlo.size(j.type) for j in users)
-            elif users and all(j.op == "dynamic-update-slice" for j in users):
-                put = [re.findall(NAMES, j.args)[1] for j in users]
-                written += sum(hlo.size(types[name]) for name in put) - hlo.size(types[arg])
-            else:
-                read += hlo.size(types[arg])
-        kernels, total = kernels + times, total + times * (read + max(written, 0))
+            part = needed(body, users, own[str(n)]) if body else 1
+            total += times * part * hlo.size(types[arg])
+            for j in users.get(own.get(str(n)), ()):
+                if j.op == "dynamic-update-slice" and re.findall(NAMES, j.args)[0] == own[str(n)]:
+                    written += hlo.size(types[re.findall(NAMES, j.args)[1]]) - hlo.size(types[arg])
+        kernels, total = kernels + times, total + times * max(written, 0)
     return round(kernels), total
 
 

@@ -3,7 +3,8 @@
 DIR is laid out like reference/A: config.json, init.npz, batches.npz, expected.npz, from a float32
 run of record #77's own code at a reduced size. Everything about it is read from config.json.
 `python tests/parity.py --loader DIR SHARD...` compares the packing of those shards instead with
-DIR/loader.npz and loader.json, laid out like reference/loader; both end with one line of errors.
+DIR/loader.npz and loader.json, laid out like reference/loader. `--full` compares losses and
+gradients of one row at the size of speedrun (11 GB of memory). All end with one line of errors.
 """
 
 import json
@@ -271,12 +272,65 @@ def loader(directory, shards, report=print) -> int:
     return wrong
 
 
+def random_weights(c: train_gpt.Config) -> dict:
+    """Weights of speedrun's size in the record's layout, none of them 0, the same everywhere."""
+    rng, D, L, V = np.random.default_rng(0), c.width, len(c.layers.split(",")), c.vocab
+    normal = lambda scale, *shape: scale * rng.standard_normal(shape, np.float32)
+    head = normal(0.005, D, V)
+    return {
+        "attn_bank": normal(0.02, L - 1, 4 * D, D),
+        "mlp_bank": normal(0.02, L, 2, 4 * D, D),
+        "lm_head.weight": head,
+        "embed.weight": head.T,
+        "value_embeds": normal(0.2, 5 * V, D),
+        "bigram_embed.weight": normal(0.3, c.bigram_rows, D),
+        "attn_gate_bank": normal(0.2, L - 1, c.heads, 12),
+        "ve_gate_bank": normal(0.2, 5, c.heads, 12),
+        "smear_gate.weight": normal(0.2, 1, 12),
+        "skip_gate.weight": normal(0.2, 1, 12),
+        "scalars": np.append(np.tile([0.5, 1], L), [0, 0.5, -1.5]) + normal(0.1, 2 * L + 3),
+        "post_lambdas": 1 + normal(0.1, L, 2),
+        "resid_lambdas": 1.1**0.5 + normal(0.05, L, 2),
+        "x0_lambdas": normal(0.1, L),
+        "bigram_lambdas": 0.05 + normal(0.03, L),
+    }
+
+
+def full_size(report=print) -> float:
+    """The worst relative error at speedrun's size, of the losses and gradients of one row of 2048
+    tokens with four documents in the second stage: norm of each array, and 256 of its elements."""
+    want = np.load(Path(__file__).with_name("data") / "full.npz")
+    c = train_gpt.Config(float32=True, rows=1)
+    mesh = sharding.make_mesh("fsdp:1")
+    p = train_gpt.program(c, mesh)
+    weights = ours(random_weights(c), c)
+    params = {k: jax.numpy.asarray(np.asarray(w, np.float32)) for k, w in weights.items()}
+    del weights  # 2 GB
+    rows, stage = want["row"][None], 1
+    losses = {"val": p.evaluate(params, rows, stage)}
+    losses["train"], grads = p.gradients(params, rows, c.schedule()[stage][0], stage)
+    errors = {k: abs(float(x) / float(want[k]) - 1) for k, x in losses.items()}
+    for k in list(grads):
+        g = np.asarray(grads.pop(k))
+        norm = np.sqrt(np.sum(np.square(g, dtype=np.float64)))
+        elements = rms_error(g.ravel()[want["at " + k]], want["of " + k])
+        errors[k] = max(abs(norm / want["norm " + k] - 1), elements)
+    for k, error in errors.items():
+        report(f"{k:14s} {error:8.1e}")
+    return max(errors.values())
+
+
 def main(argv) -> int:
     jax.config.update("jax_platforms", "cpu")
     if argv[0] == "--loader":
         wrong = loader(argv[1], argv[2:])
         print(f"parity: loader: {wrong} tokens differ")
         return 1 if wrong else 0
+    if argv[0] == "--full":
+        jax.config.update("jax_default_matmul_precision", "highest")
+        worst = full_size()
+        print(f"parity: full size: worst error {worst:.1e}")
+        return 0 if worst <= BARS["loss"] else 1
     worst = run(argv[0])
     missed = [kind for kind, bar in BARS.items() if not worst[kind] <= bar]
     errors = ", ".join(f"{kind} {error:.1e}" for kind, error in worst.items())

@@ -3,12 +3,18 @@
 --end: after a training; what fails is a warning, as the training itself is done.
 """
 
+import os
+import signal
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+if "--end" in sys.argv:  # the training is done, whatever comes
+    no = b"warning: no sample, as it was stopped\n"
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda *_: (os.write(2, no), os._exit(0)))
 
 import jax
 import numpy as np
@@ -84,7 +90,7 @@ def write(run, prompt: str, n: int, samples: int, temperature: float, top_k: int
     these sizes is less than a cache would take to move.
     """
     words(run.c.vocab)
-    c, ids = run.c, [run.c.bos, *data_fineweb.encode(prompt.encode(), run.c.vocab)]
+    c, ids = run.c, [run.c.bos, *data_fineweb.encode(os.fsencode(prompt), run.c.vocab)]
     room, stop = -(-(len(ids) + n) // 128) * 128, len(ids) + n
     if stop > (most := c.val_long * 16):
         had = f"--prompt has {len(ids) - 1} tokens and --tokens={n}"

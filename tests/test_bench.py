@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as xml
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 import bench
@@ -49,6 +51,8 @@ def test_what_is_counted_and_a_wrong_stage_is_named():
     assert bench.held(p.like["params"]) == sum(x.size * 4 for x in p.like["params"].values())
     split = train_gpt.program(c, train_gpt.sharding.make_mesh("fsdp:4"))
     assert 3 * bench.held(split.like) < bench.held(p.like) < 4 * bench.held(split.like)
+    h200 = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind="NVIDIA H200")]), size=8)
+    assert bench.mfu(8 * 989e12 / 2 / bench.flops_per_token(c, p, 0), c, p, 0, h200) == "50.0%"
     with pytest.raises(train_gpt.InputError, match="--stage '7'"):
         bench.main([*TINY, "--stage=7"])
 

@@ -3,10 +3,13 @@
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +86,10 @@ def test_damage_at_random_gives_an_error_or_valid_tokens(tmp_path):
 
 
 def test_batches_are_a_function_of_the_step_and_split_by_rows(corpus):
-    plan = data.plan(corpus, [(60, 40, 8)] * 3 + [(100, 64, 8)])
+    steps = [(60, 40, 8)] * 3 + [(100, 64, 8), (80, 40, 8)]  # where two documents are 80 tokens
+    plan = data.plan(corpus, steps)
     want = [batch(slice(0, 8)) for batch in plan]
+    assert [rows.shape for rows in want] == [(n, tokens + 1) for tokens, _, n in steps]
     for batch, rows in reversed(list(zip(plan, want))):
         assert (batch(slice(4, 8)) == rows[4:]).all() and (batch(slice(4)) == rows[:4]).all()
         assert (batch(slice(None)) == rows).all() and len(rows) == 8
@@ -112,7 +117,7 @@ def test_validation_is_contiguous_and_takes_whole_rows(corpus):
         data.validation(corpus, 10**6, 3000)
 
 
-def test_the_library_is_split_by_a_hash_of_the_path(tmp_path):
+def test_the_library_is_split_by_a_hash_of_the_path(tmp_path, monkeypatch):
     (tmp_path / "test").mkdir()
     names = [f"module{i}.txt" for i in range(300)]
     for name in names:
@@ -124,10 +129,15 @@ def test_the_library_is_split_by_a_hash_of_the_path(tmp_path):
     for name in names:
         assert (name in held_out) == (zlib.crc32(name.encode()) % 20 == 0)
         assert (name in train) != (name in held_out)
+    places = [at for name in sorted(names) if (at := train.find(name)) >= 0]
+    assert np.corrcoef(places, range(len(places)))[0, 1] < 0.5  # they are mixed
     assert "kept, unlike" in train + held_out
     library = data.open_corpus("stdlib", VOCAB, BOS)
     assert len(library.train[0]) > 5e6 and len(library.val) > 1e5
     assert np.diff(np.flatnonzero(library.train[0] == BOS)).max() <= 1024
+    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(tmp_path))
+    library = data.open_corpus("stdlib", VOCAB, BOS)
+    assert "kept, unlike" not in decoded([*library.train[0].tolist(), *library.val], VOCAB)
 
 
 def test_texts_of_any_kind(tmp_path):
@@ -190,6 +200,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.asked.append(name)
+            time.sleep(0.2)
             self.wfile.write(body)
 
     def log_message(self, *args):
@@ -208,6 +219,16 @@ except (data.DataError, OSError) as error:
 """
 
 
+@pytest.mark.parametrize("name, n", [("fineweb", 103), ("finewebedu", 99)])
+def test_the_hubs_corpora_have_names_of_their_own(name, n):
+    train, val, _, read = data.open_corpus(f"{name}10B", VOCAB, BOS, Path("there"))
+    assert [val, *train] == [
+        Path(f"there/{name}10B/{name}_{part}.bin")
+        for part in ["val_000000", *(f"train_{i:06d}" for i in range(1, n + 1))]
+    ]
+    assert read.keywords["repo"] == f"kjj0/{name}10B-gpt2"
+
+
 def test_only_the_shards_needed_come_from_the_hub(tmp_path):
     for i, n in enumerate((2000, 3000, 3000, 3000)):
         name = f"fineweb_train_{i:06d}.bin" if i else "fineweb_val_000000.bin"
@@ -224,13 +245,16 @@ def test_only_the_shards_needed_come_from_the_hub(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         return done.stdout.strip() or done.stderr
 
-    assert json.loads(fetch(6)) == [6, 5]
-    files = {name for name in Hub.asked if name.endswith(".bin")}
-    assert files == {
-        "fineweb_train_000001.bin",
-        "fineweb_train_000002.bin",
-        "fineweb_val_000000.bin",
-    }
+    for _ in range(3):  # what processes of one start do at once, each file is downloaded once
+        Hub.asked.clear()
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        with ThreadPoolExecutor(4) as pool:
+            assert [json.loads(said) for said in pool.map(fetch, [6] * 4)] == [[6, 5]] * 4
+        assert sorted(name for name in Hub.asked if name.endswith(".bin")) == [
+            "fineweb_train_000001.bin",
+            "fineweb_train_000002.bin",
+            "fineweb_val_000000.bin",
+        ]
     Hub.asked.clear()
     assert json.loads(fetch(6)) == [6, 5] and not Hub.asked  # they are there now
     assert "fineweb_train_000004.bin: no download" in fetch(60)  # it does not have so many

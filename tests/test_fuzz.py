@@ -195,6 +195,17 @@ def test_checkpoints(saved, tmp_path, capsys, record_property):
     tried(record_property, n, 100)
 
 
+def test_the_sum_of_bits_sees_the_last_of_each_array(saved):
+    *_, p, states = saved
+    leaves, tree = jax.tree.flatten(states[2])
+    was = int(p.bits(states[2]))
+    for i, leaf in enumerate(leaves):
+        other = leaf.copy()
+        other.view("uint32").flat[-1] ^= 1
+        changed = jax.tree.unflatten(tree, [*leaves[:i], other, *leaves[i + 1 :]])
+        assert int(p.bits(changed)) != was
+
+
 class Reached(Exception):
     """The run goes on: it has come to compiling."""
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import train_gpt
+
 ROOT = Path(__file__).parent.parent
 NEEDS = re.findall(r'"([a-z-]+>=[\d.]+)"', (ROOT / "pyproject.toml").read_text())
 TESTS = ["pytest-xdist", "ruff", "nbclient", "ipykernel"]
@@ -196,6 +198,14 @@ def test_a_python3_that_has_everything_is_used(tmp_path):
     assert machine.installs() == [] and not (tmp_path / ".venv").exists()
 
 
+def test_a_shell_that_says_where_it_goes(tmp_path):
+    machine = Machine(tmp_path)
+    env = {"PATH": f"{tmp_path}/base/bin:/usr/bin:/bin", "LOG": str(machine.log), "CDPATH": "."}
+    command = [f"{tmp_path.name}/launch", "--key=value"]
+    done = subprocess.run(command, env=env, cwd=tmp_path.parent, capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path}/train_gpt.py --key=value\n", done
+
+
 @pytest.mark.parametrize("i, has", [(0, "jax>=0.9.2"), (3, "scipy>=1"), (7, "ruff>=1")])
 def test_a_python3_that_lacks_something_is_not(tmp_path, i, has):
     all_but_one = [*NEEDS, "pytest-xdist>=3"]
@@ -226,18 +236,30 @@ def test_pip_itself_says_what_a_python_has():
 )
 def test_the_cuda_of_jax_suits_the_driver(tmp_path, driver, cuda):
     machine = Machine(tmp_path)
-    says = f"[ $1. != . ] && echo GPU 0 || echo '| SMI 570.1  Driver Version: 570.1  {driver} |'"
-    executable(tmp_path / "base/bin/nvidia-smi", f"#!/bin/sh\n{says}\n")
+    says = f"[ $1. != . ] && exec echo GPU 0; echo '| SMI 570.1  Driver Version: 570.1  {driver} |'"
+    ends = "exit 14"  # with a warning, for a GPU that works
+    executable(tmp_path / "base/bin/nvidia-smi", f"#!/bin/sh\n{says}\n{ends}\n")
     assert machine.installs()[0] == f"jax[cuda{cuda}]>=0.10"
     assert machine.installs() == []
 
 
-@pytest.mark.parametrize("device, tpu", [("0042", 0), ("001F", 0), ("0063", 1), ("005E", 1)])
-def test_network_and_disks_of_google_are_no_tpu(tmp_path, device, tpu):
+@pytest.mark.parametrize(
+    "device, tpu",
+    [("0042", 0), ("001F", 0), *((n, 1) for n in "0027 005E 0062 0063 006F 0076".split())],
+)
+def test_network_and_disks_of_google_are_no_tpu(tmp_path, monkeypatch, device, tpu):
+    """By launch, and by Python."""
     uevent = tmp_path / "pci/devices/0000:00:04.0/uevent"
     uevent.parent.mkdir(parents=True)
     uevent.write_text(f"DRIVER=x\nPCI_ID=1AE0:{device}\nPCI_SUBSYS_ID=1AE0:0063\n")
     assert Machine(tmp_path).installs()[:1] == ["jax[tpu]>=0.10"] * tpu
+    monkeypatch.setattr(train_gpt, "Path", lambda path: tmp_path / Path(path).name)
+    assert train_gpt.accelerator() == "TPU" * tpu
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidiactl").touch()  # a driver without a GPU
+    assert train_gpt.accelerator() == "TPU" * tpu
+    (tmp_path / "dev/nvidia0").touch()
+    assert train_gpt.accelerator() == "GPU"
 
 
 def test_new_dependencies_are_installed(tmp_path):

@@ -27,6 +27,11 @@ def test_first_steps_on_other_meshes(mesh):
         assert worst[kind] <= bar, worst
 
 
+def test_a_row_at_full_size():
+    """Losses and all gradients of the 11 layers, with the tables of 50304 and 251520 rows."""
+    assert 0 < parity.full_size(report=lambda line: None) < parity.BARS["loss"]
+
+
 def test_loader_matches_the_original(tmp_path):
     data = np.load(HERE / "data" / "loader" / "loader.npz")
     (tmp_path / "loader.json").write_text((HERE / "data/loader/loader.json").read_text())

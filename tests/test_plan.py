@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -129,12 +130,37 @@ def test_last_line():
     rows = {"0": {"peak": 9.1, "cycles/token": 512}, "update": {"peak": 3.0}}
     line = "peak 9.1 of 32.0 GiB per chip, 512 cycles/token, 116 s to the last step (predicted)"
     assert plan.verdict(c, "v6e:2x4", chip, rows) == f"plan: speedrun on v6e:2x4 fits: {line}"
+    two = rows | {"1": {"peak": 9.1, "cycles/token": 812}}  # for twice the tokens
+    assert " 712 cycles/token, 161 s " in plan.verdict(c, "v6e:2x4", chip, two)
     none = plan.verdict(c, "v6e:2x4", chip, {"update": {"peak": 3.0}}, "update")
     assert none.endswith("fits: peak 3.0 of 32.0 GiB per chip (predicted from update alone)")
     rows["update"]["peak"] = 31.5
     assert plan.verdict(c, "v6e:2x4", chip, rows).startswith(
         "plan: speedrun on v6e:2x4 does not fit: peak 31.5 of 32.0 GiB per chip, 512 cycles"
     )
+
+
+def test_an_array_that_is_donated_counts_once(monkeypatch):
+    """And a chip's speed is in FLOPs per cycle."""
+    speeds = []
+    keep = lambda text, speed: speeds.append(speed) or hlo.cost(text, speed)
+    monkeypatch.setattr(plan, "cost", keep)
+    f, x = jax.jit(lambda x: x + 1, donate_argnums=0), jax.ShapeDtypeStruct((2**20,), np.float32)
+    row, _ = plan.measure("f", lambda: f.lower(x), plan.CHIPS["v6e"])
+    assert 2**22 <= row["peak"] * 2**30 < 1.1 * 2**22
+    assert speeds == [pytest.approx(0.4 * 918e12 / 1.75e9)]
+
+
+def test_a_step_is_its_gradients_and_the_mean_of_two_updates():
+    c, like = train_gpt.Config(), jax.ShapeDtypeStruct((2**28,), np.float32)
+    like = like.update(sharding=sharding.placed(sharding.make_mesh("fsdp:8"), ["embed"]))
+    p = SimpleNamespace(like={"params": like, "muon": (like, like)})  # 1/8 GiB each
+    rows = {"0": {"peak": 5.0, "generated_code": 0.5, "Mcycles": 60.0, "Mcycles*": 4.0, "ms": 30}}
+    rows |= {f"update{odd}": {"peak": 2.0, "Mcycles": 1.0 + odd, "ms": 2 + odd} for odd in (0, 1)}
+    plan.finish(c, p, rows)
+    assert rows["0"]["peak"] == 5.25 and rows["update0"]["peak"] == 2.5
+    assert rows["0"]["cycles/token"] == pytest.approx(65.5e6 / 131072)
+    assert rows["0"]["tokens/s"] == pytest.approx(131072 / 0.0325)
 
 
 def test_what_the_user_can_mend_is_one_line(monkeypatch):

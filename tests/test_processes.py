@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -122,6 +123,24 @@ def two(killed):
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
     folder = killed[0]
     return folder, *by_hand(folder, {"RANK": "0", "LOCAL_RANK": "0"} | world, {"RANK": "1"} | world)
+
+
+@pytest.mark.parametrize(
+    "ranks, ids",
+    [
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, (2, 1, 1)),
+        ({"LOCAL_RANK": "1"}, (2, 1, 1)),  # as launch starts them
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, (2, 1)),
+        ({}, (2, 1)),
+    ],
+)
+def test_a_process_that_is_alone_on_its_host_takes_all_gpus(monkeypatch, ranks, ids):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    world = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"} | ranks
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: args)
+    assert sharding.start_processes() == ("a:2", *ids)
 
 
 def saved_in_all(folder, status, said):
@@ -274,6 +293,15 @@ def test_a_checkpoint_of_two_processes_in_one(one, two, tmp_path):
     done = run(tmp_path, *ARGS, "--cpu_devices=8")
     assert done.returncode == 0 and "step:15/20" not in done.stdout, done.stderr
     same_losses(tmp_path, one)
+
+
+def test_several_processes_take_all_devices_or_none(monkeypatch):
+    """One whose devices are left out would wait for ever, or end in JAX's own error."""
+    assert sharding.make_mesh("fsdp:4").size == 4
+    monkeypatch.setattr(sharding.jax, "process_count", lambda: 2)
+    assert sharding.make_mesh("fsdp:8").size == 8
+    with pytest.raises(sharding.InputError, match="is 4 devices, but there are 8"):
+        sharding.make_mesh("fsdp:4")
 
 
 def test_a_process_reads_only_its_rows(monkeypatch):

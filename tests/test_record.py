@@ -68,6 +68,7 @@ def test_p_value_of_lists_that_end_at_a_bound():
     [
         ([3.2751, 3.2762, 3.2748, 3.2755], "below 3.28 holds at the level of 0.01: p = 0.0"),
         ([3.279, 3.281, 3.28, 3.278], "below 3.28 does not hold at the level of 0.01: p = 0."),
+        ([3.276, 3.278, 3.2795, 3.277], "does not hold at the level of 0.01: p = 0.02"),
         ([3.29, 3.291, 3.292], "does not hold"),
         ([3.2], "is not shown: there is no p-value"),
         ([3.2, 3.2, 3.2], "is not shown: there is no p-value"),

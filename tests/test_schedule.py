@@ -53,6 +53,23 @@ def test_stages_windows_and_predictions(program):
         close(np.repeat(p.views[C.stage(first)].freqs, 2), RECORD[f"freqs/{first}"], 1e-6)
 
 
+def test_documents_are_packed_as_the_stages_say(monkeypatch):
+    """As `train` asks for them; and rows of validation that any devices can share."""
+
+    def validation(corpus, *sizes):
+        assert sizes == (10485760, 262144, 8)
+        raise train_gpt.InputError
+
+    seen = []
+    monkeypatch.setattr(train_gpt, "start", lambda c: None)
+    monkeypatch.setattr(train_gpt.data_fineweb, "plan", lambda corpus, steps: seen.extend(steps))
+    monkeypatch.setattr(train_gpt.data_fineweb, "validation", validation)
+    with pytest.raises(train_gpt.InputError):
+        train_gpt.train(C)
+    tokens, longest = RECORD["stage"][:, 0], RECORD["stage"][:, 1]
+    np.testing.assert_array_equal(seen, np.stack([tokens // 8, longest, 0 * tokens + 8], 1))
+
+
 def test_weights_of_the_predictions(monkeypatch):
     """As `gradients` gives them to the loss."""
     seen = []

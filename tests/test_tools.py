@@ -2,8 +2,10 @@
 
 import ast
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import xml.etree.ElementTree as xml
 from types import SimpleNamespace
@@ -49,7 +51,9 @@ def unfinished(folder, tmp_path_factory):
 def test_eval_says_the_loss_of_the_log_and_the_accuracy_on_hellaswag(folder, tmp_path):
     items = [{"ctx": "a b", "endings": ["c", "d", "e", "f g"], "label": i % 4} for i in range(5)]
     (tmp_path / "h.jsonl").write_text("\n".join(json.dumps(item) for item in items))
+    (begun := folder / "runs/a/checkpoints/9.orbax-checkpoint-tmp").mkdir()  # by a training
     done = run(folder, "eval", "--run=a", f"--hellaswag={tmp_path}/h.jsonl")
+    begun.rmdir()
     last = [x for x in (folder / "runs/a/log.txt").read_text().splitlines() if "4/4 val" in x][0]
     assert done.stdout.split()[0:2] == last.split()[0:2], (done.stdout, done.stderr, last)
     said = re.search(r"^hellaswag: (\d) of 5 right, accuracy (0\.\d{4})$", done.stdout, re.M)
@@ -136,6 +140,37 @@ def test_samples_are_texts_with_the_prompt_and_the_same_for_a_seed(folder):
     assert SPEED.fullmatch(a.stderr) and a.stderr.startswith("18 tokens"), a.stderr
     greedy = run(folder, *args, "--top_k=1").stdout.rstrip("\n").split("\n" + "-" * 100 + "\n")
     assert len(greedy) == 2 and greedy[0] == greedy[1]
+    cut = run(folder, "sample", "--run=a", "--prompt=caf\udcc3", "--tokens=3")  # half a letter
+    assert cut.returncode == 0 and cut.stdout.startswith("caf"), cut.stderr
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_training_is_done_though_its_sample_is_stopped(tmp_path, name):
+    """From the first line on, while it imports."""
+    (tmp_path / "jax.py").write_text(f"import os, signal\nos.kill(os.getpid(), signal.{name})\n")
+    command = [sys.executable, ROOT / "tests/sample.py", "--run=a", "--end"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "warning: no sample, as it was stopped\n")
+
+
+def test_a_sample_is_as_likely_as_temperature_and_top_k_say(monkeypatch):
+    """Of a model that has the letter behind the last as the best, and those behind as worse."""
+    c = train_gpt.Config(preset="smoke")
+    ahead = lambda token: (np.arange(c.vocab) - token - 1) % c.vocab
+
+    def logits(params, tokens, i):
+        assert (tokens[:, 0] == c.bos).all()
+        return np.stack([-ahead(token) for token in tokens[:, i]])
+
+    def letters(*args):  # how far each is behind the last
+        texts, _ = sample.write(SimpleNamespace(c=c, params=None), "!", 20, 2, *args)
+        assert [text[0] for text in texts] == ["!", "!"] and [*map(len, texts)] == [21, 21]
+        return {ord(b) - ord(a) for text in texts for a, b in zip(text, text[1:])}
+
+    monkeypatch.setattr(sample, "logits_of", lambda run: logits)
+    assert letters(5.0, 1) == letters(0.0, 50) == letters(0.05, 50) == {1}
+    assert letters(5.0, 3) == {1, 2, 3}
 
 
 @pytest.mark.parametrize(
@@ -151,7 +186,7 @@ def test_samples_are_texts_with_the_prompt_and_the_same_for_a_seed(folder):
             ["sample", "--run=a", "--prompt=def f(x", "--tokens=99999"],
             "--prompt has 7 tokens and --tokens=99999: 3071 fit together",
         ),
-        (["sample", "--run=a", "--device=abacus"], "no such device for JAX"),
+        (["sample", "--run=a", "--device=abacus"], "unknown device 'abacus': did you mean"),
         (["eval", "--run=a", "--hellaswag=nothing.jsonl"], "--hellaswag=nothing.jsonl"),
         (["plot", "b"], "b: no such run; there are: a"),
         (["plot", "a", "--uot=b.svg"], "did you mean 'out'"),
@@ -187,7 +222,10 @@ def test_hellaswag_of_a_model_whose_answers_are_known(tmp_path, monkeypatch):
     path = tmp_path / "h.jsonl"
     path.write_text("\n".join(json.dumps(item) for item in items))
     read = tool.questions(str(path))
-    best = tool.scores(run_, *tool.pairs(read, c)).reshape(-1, 4).argmax(1)
+    rows, ending = tool.pairs(read, c)
+    assert rows[1, :9].tolist() == [c.bos, *b"a b zzzz"[:8]] and ending[1].nonzero()[0][0] == 4
+    assert bytes(rows[1][ending[1]].tolist()) == b" zzzz"
+    best = tool.scores(run_, rows, ending).reshape(-1, 4).argmax(1)
     assert best.tolist() == [1, 0, 3]
     assert sum(int(a) == int(i["label"]) for a, i in zip(best, read)) == 2
     assert data_fineweb.encode(b"z", c.vocab)[0] == ord("z")

@@ -7,6 +7,8 @@ import re
 import shutil
 import signal
 import subprocess
+import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -67,12 +69,40 @@ def test_in_python_and_nothing_is_compiled_while_it_trains(tmp_path, monkeypatch
     keys["keep"] = 1
     result = train_gpt.train(train_gpt.Config(**keys))
     assert np.isfinite(result.val_loss) and result.train_time > 0
+    assert jax.config.jax_default_matmul_precision == "highest"  # float32, on any device
     assert [path.name for path in (result.run_dir / "checkpoints").iterdir()] == ["12"]
     heard = len(events)
     jax.jit(lambda x: x + heard)(1)
     assert len(events) == heard + 1
     assert counts["train_loss", 1] == counts["train_loss", 2]
     assert counts["train_loss", 3] == counts["val_loss", 12]
+
+
+def test_the_train_time_is_of_steps_and_their_data_alone(tmp_path, monkeypatch):
+    """A batch takes a second, a line of a validation and a save 100; through a resume."""
+    monkeypatch.chdir(tmp_path)
+    now, journal, manager = [0.0], train_gpt.Journal, train_gpt.ocp.CheckpointManager
+
+    def takes(owner, name, seconds):
+        f = getattr(owner, name)
+        later = lambda *args: now.__setitem__(0, now[0] + seconds(*args))
+        slow = lambda *args, **more: later(*args) or f(*args, **more)
+        monkeypatch.setattr(owner, name, slow)
+
+    takes(train_gpt.sharding, "global_rows", lambda *_: 1)
+    takes(journal, "scalar", lambda self, step, ms, name, *_: 100 * (name == "val_loss"))
+    takes(manager, "save", lambda *_: 100)
+    clock = SimpleNamespace(perf_counter=lambda: now[0], strftime=time.strftime)
+    monkeypatch.setattr(train_gpt, "time", clock)
+    c = train_gpt.Config(**KEYS | {"layers": "pvl"}, steps=9, val_every=2, save_every=3, run="a")
+    with pytest.raises(SystemExit):
+        train_gpt.train(c, lambda step: step == 7)
+    assert train_gpt.train(c).train_time == 9
+    rows = [row.split(",") for row in (tmp_path / "runs/a/metrics.csv").read_text().split()[1:]]
+    at = [float(ms) / 1000 for _, ms, name, _ in rows if name == "train_loss"]
+    log = (tmp_path / "runs/a/log.txt").read_text()
+    assert log.endswith(" train_time:9000ms step_avg:1000.00ms\n")
+    assert at == sorted(at) and all(i < ms <= i + 2 for i, ms in enumerate(at))
 
 
 def test_a_step_begins_with_the_state_alone(tmp_path, monkeypatch):
@@ -109,15 +139,19 @@ def test_tensorboard_reads_back(finished):
 
 def test_a_finished_run_says_its_last_line_again(finished):
     folder, _ = finished
-    again = run(folder, *ARGS)
+    free = "--target=3 --keep=1 --val_every=4 --save_every=7 --mesh=fsdp:1 --device_rows=1"
+    again = run(folder, *ARGS, *free.split())
     last = [x for x in (folder / "runs/a/log.txt").read_text().splitlines() if "12/12 val" in x]
     assert again.returncode == 0 and last[0] in again.stdout
 
 
 def test_another_config_is_refused(finished):
     folder, _ = finished
-    other = run(folder, *TINY, "--steps=13", "--run=a")
-    assert other.returncode == 2 and "steps was 12" in other.stderr
+    keys = "--steps=13 --seed=1 --val_tokens=4096 --val_row_tokens=512 --rows=16 --fp8 --muon_lr=1"
+    other = run(folder, *TINY, *keys.split(), "--run=a")
+    was = "seed was 0, steps was 12, fp8 was False, rows was 8, muon_lr was 0.08"
+    assert other.returncode == 2 and was in other.stderr
+    assert "val_tokens was 8192, val_row_tokens was 1024: try another" in other.stderr
     assert len(other.stderr.splitlines()) == 1
 
 
@@ -154,6 +188,7 @@ def test_goes_on_where_a_killed_run_was_saved(finished, tmp_path):
         (["--preset=smoke", "--cpu_devices=5", "--steps=3"], "cannot be split 5 ways"),
         (["--preset=smoke", "--steps=100000"], "training data lasts"),
         (["--preset=smoke", "--stages=slow"], "unknown stages"),
+        (["--preset=smoke", "--device=cuda"], "unknown device 'cuda'"),
         pytest.param(["--preset=smoke", "--device=gpu"], "no gpu", marks=ON_CPU),
         pytest.param(["--preset=smoke", "--device=tpu"], "tpu", marks=ON_CPU),
     ],
@@ -193,7 +228,9 @@ def test_fewer_rows_of_validation_than_devices_leave_no_run(tmp_path):
         ("layers", "x,z", "expected layers"),
         ("seed", str(2**40), "expected int"),
         ("seed", "-1", "expected int"),
+        ("seed", "１０", "expected int"),
         ("muon_lr", "nan", "expected float"),
+        ("muon_lr", "00.02", "expected float"),
         ("muon_lr", "-1", "expected float"),
         ("float32", "1", "expected true or false"),
     ],
@@ -214,6 +251,16 @@ def test_the_cpu_asked_for_on_a_machine_with_a_gpu_gets_the_small_preset(monkeyp
             train_gpt.main(args)
     assert seen == ["smoke", "speedrun", "speedrun"]
     assert "as this machine has GPU" in capsys.readouterr().out
+    cache = f"{jax.config.jax_compilation_cache_dir}/."  # the same, but asked for
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", cache)
+    with pytest.raises(train_gpt.InputError, match="JAX sees the CPU alone and no GPU"):
+        train_gpt.start(train_gpt.Config(device="auto", cpu_devices=8))
+    assert jax.config.jax_compilation_cache_dir == cache
+
+
+def test_a_device_takes_as_many_rows_at_once_as_it_may():
+    turns = lambda n, at_once: train_gpt.turns(SimpleNamespace(device_rows=at_once), n)
+    assert [turns(8, k) for k in (1, 2, 3, 4, 7, 8, 9)] == [8, 4, 4, 2, 2, 1, 1]
 
 
 def test_values_and_their_texts_are_the_same_config():
@@ -260,9 +307,10 @@ def test_a_run_that_is_in_training_is_left_alone(finished, tmp_path):
         p.send_signal(signal.SIGSTOP)
         before = log.read_bytes()
         second = run(tmp_path, *often)
-        assert log.read_bytes() == before
-        p.send_signal(signal.SIGCONT)
+        after = log.read_bytes()
+        p.send_signal(signal.SIGCONT)  # before all that can fail: the end of `with` waits for it
         assert p.wait(120) == 0
+    assert after == before
     assert second.returncode == 2 and "runs/a is in training: end that" in second.stderr
     assert len(second.stderr.splitlines()) == 1
     assert same(tmp_path, finished[0])
@@ -374,6 +422,25 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert done.returncode == 2 and re.fullmatch(says, done.stderr), done.stderr
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_not_written(value):
+    with pytest.raises(train_gpt.InputError, match="runs/a: step 1: val_loss"):
+        train_gpt.Journal.scalar(SimpleNamespace(run="runs/a"), 1, 1.0, "val_loss", value)
+
+
+def test_out_of_memory_says_what_to_do(tmp_path):
+    """In the words of XLA."""
+    code = f"import runpy, sys; sys.path.insert(0, '{ROOT}'); import jax, train_gpt as t\n"
+    code += "def program(*_):\n    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 9 GB')\n"
+    code += "t.model.param_table = program\n"
+    code += f"runpy.run_path('{ROOT}/train_gpt.py', run_name='__main__')"
+    done = run(tmp_path, *TINY, command=[*PYTHON[:2], code])
+    says = (
+        "out of device memory: try --device_rows=N, N smaller, or more --rows: RESOURCE_EXHAUSTED"
+    )
+    assert done.returncode == 2 and done.stderr.startswith(says), done.stderr
+
+
 def test_a_run_whose_last_loss_is_not_finite_is_not_done(tmp_path):
     args = [*ARGS, "--steps=2", "--adam_lr=1e30"]
     for done in (run(tmp_path, *args), run(tmp_path, *args)):
@@ -381,20 +448,29 @@ def test_a_run_whose_last_loss_is_not_finite_is_not_done(tmp_path):
         assert "step:2/2 val_loss" not in done.stdout
 
 
-def test_a_save_is_made_where_a_later_checkpoint_cannot_be_read(tmp_path, monkeypatch):
-    """Orbax, asked for an earlier one, keeps to what it has."""
+def test_a_save_is_made_where_a_later_checkpoint_cannot_be_read(tmp_path, monkeypatch, capsys):
+    """Orbax, asked for an earlier one, or that one, keeps to what it has."""
     monkeypatch.chdir(tmp_path)
     c = train_gpt.Config(**KEYS, steps=12, val_every=99, save_every=4, run="a")
     steps = lambda: sorted(int(path.name) for path in (tmp_path / "runs/a/checkpoints").iterdir())
+
+    def damage(step):
+        for path in (tmp_path / f"runs/a/checkpoints/{step}/default").rglob("*"):
+            path.write_bytes(b"damaged") if path.is_file() else None
+
     with pytest.raises(SystemExit):
         train_gpt.train(c, lambda step: step == 11)
     assert steps() == [8, 11]
-    for path in (tmp_path / "runs/a/checkpoints/11/default").rglob("*"):
-        path.write_bytes(b"damaged") if path.is_file() else None
+    damage(11)
     with pytest.raises(SystemExit):
         train_gpt.train(c, lambda step: step == 9)
-    assert steps() == [8, 9]
+    assert steps() == [8, 9] and "checkpoint 11 unreadable" in capsys.readouterr().out
+    damage(9)
+    with pytest.raises(SystemExit):
+        train_gpt.train(c, lambda step: step == 9)
+    assert steps() == [8, 9] and "checkpoint 9 unreadable" in capsys.readouterr().out
     assert np.isfinite(train_gpt.train(c).val_loss) and steps() == [9, 12]
+    assert "unreadable" not in capsys.readouterr().out
 
 
 FAILS = f"""import sys
@@ -458,8 +534,10 @@ def test_a_run_that_cannot_be_written(tmp_path):
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
-def test_a_run_is_done_when_its_last_state_is_saved(tmp_path, monkeypatch):
-    """The log's last line comes after the last save, or a failed one would never be repeated."""
+@pytest.mark.parametrize("save_every, saved, last", [(99, 12, 12), (5, 5, 10)])
+def test_a_run_is_done_when_its_last_state_is_saved(tmp_path, monkeypatch, save_every, saved, last):
+    """The log's last line comes after the last save, or a failed one would never be repeated. And
+    no save begins before the one before it has ended."""
     monkeypatch.chdir(tmp_path)
 
     manager, saves = train_gpt.ocp.CheckpointManager, []
@@ -471,9 +549,11 @@ def test_a_run_is_done_when_its_last_state_is_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(manager, "save", lambda self, step, **more: saves.append(step))
     monkeypatch.setattr(manager, "wait_until_finished", fails)
     with pytest.raises(OSError, match="the last save fails"):
-        train_gpt.train(train_gpt.Config(**KEYS, steps=12, run="a", save_every=99, val_every=99))
+        c = train_gpt.Config(**KEYS, steps=12, run="a", save_every=save_every, val_every=99)
+        train_gpt.train(c)
     log = (tmp_path / "runs/a/log.txt").read_text()
-    assert "step:12/12 train_loss" in log and "step:12/12 val_loss" not in log
+    assert f"step:{last}/12 train_loss" in log and f"step:{last + 1}/12" not in log
+    assert saves == [saved] and "step:12/12 val_loss" not in log
 
 
 FULL = """
