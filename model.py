@@ -174,7 +174,7 @@ def cudnn(q, k, v, doc, window: int, P: int):
 
 def trusted(fast, K: int, dtype):
     """Whether the gradients of `fast` on this device are those of `attend`; and why, a text."""
-    x, doc = jax.random.normal(jax.random.key(0), (3, 2, 4, 512, K)), jnp.arange(1024) // 300
+    x, doc = jax.random.normal(jax.random.key(0), (3, 2, 4, 512, K)), jnp.arange(1024) // 300 * 9999
     total = lambda x, f: jnp.square(f(x[0] / 9, *x[1:], doc.reshape(2, 512), window=99, P=2)).sum()
     gradients = jax.jit(jax.grad(total), static_argnums=1)
     try:

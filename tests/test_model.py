@@ -190,7 +190,7 @@ def test_schedule_scales_with_steps():
 
 @pytest.mark.parametrize("mesh", ["fsdp:1", "data:2,fsdp:2,tensor:2"])
 def test_what_is_faster_on_a_chip_gives_the_same(mesh):
-    """Columns moved by products on a TPU; on a GPU one product for q, k and v, and a second tanh."""
+    """Columns moved by products on a TPU; on a GPU one product for q, k, v, and a second tanh."""
     rows = np.random.default_rng(0).integers(0, 256, (8, 129)).astype(np.uint16)
     rows[:, [0, 50]] = C.bos
     programs, found = set(), []
