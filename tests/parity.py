@@ -143,10 +143,13 @@ THEIR_NAMES = {
 }
 
 
+square = lambda x: float(np.sum(np.square(np.asarray(x, np.float64))))  # of the norm
+
+
 def norms(arrays: dict, names) -> np.ndarray:
     """L2 norms, by the record's parameter names."""
-    square = {k: float(np.sum(np.square(np.asarray(v, np.float64)))) for k, v in arrays.items()}
-    return np.array([sum(square[k] for k in THEIR_NAMES[name]) ** 0.5 for name in names])
+    squares = {k: square(v) for k, v in arrays.items()}
+    return np.array([sum(squares[k] for k in THEIR_NAMES[name]) ** 0.5 for name in names])
 
 
 def rows_of(batches, prefix: str) -> np.ndarray:
@@ -186,7 +189,7 @@ def run(directory, mesh="", steps=None, report=print, **keys) -> dict:
 
     def see(kind, got, expected):
         error = float(np.max(np.abs(got - expected) / np.maximum(np.abs(expected), 1e-30)))
-        worst[kind] = max(worst[kind], error)
+        worst[kind] = float(np.maximum(worst[kind], error))  # max would pass over a NaN
         return error
 
     def full(prefix, grads):
@@ -199,7 +202,7 @@ def run(directory, mesh="", steps=None, report=print, **keys) -> dict:
             for k in THEIR_NAMES[name]:
                 error = rms_error(grads[k], ours(theirs, c)[k])
                 kind = "full " + prefix.split("/")[1]
-                worst[kind] = max(worst.get(kind, 0.0), error)
+                worst[kind] = float(np.maximum(worst.get(kind, 0.0), error))
 
     report(
         "step  train loss  expected    error     worst gradient      worst parameter   val error"
@@ -312,12 +315,11 @@ def full_size(report=print) -> float:
     errors = {k: abs(float(x) / float(want[k]) - 1) for k, x in losses.items()}
     for k in list(grads):
         g = np.asarray(grads.pop(k))
-        norm = np.sqrt(np.sum(np.square(g, dtype=np.float64)))
         elements = rms_error(g.ravel()[want["at " + k]], want["of " + k])
-        errors[k] = max(abs(norm / want["norm " + k] - 1), elements)
+        errors[k] = np.maximum(abs(square(g) ** 0.5 / want["norm " + k] - 1), elements)
     for k, error in errors.items():
         report(f"{k:14s} {error:8.1e}")
-    return max(errors.values())
+    return float(np.max([*errors.values()]))
 
 
 def main(argv) -> int:

@@ -27,6 +27,14 @@ def test_first_steps_on_other_meshes(mesh):
         assert worst[kind] <= bar, worst
 
 
+def test_what_is_not_a_number_is_the_worst(monkeypatch):
+    loss = parity.train_gpt.model.loss
+    nothing = lambda *args, **keys: np.nan * loss(*args, **keys)
+    monkeypatch.setattr(parity.train_gpt.model, "loss", nothing)
+    worst = parity.run(HERE / "data" / "A", steps=1, report=len)
+    assert np.isnan([worst[kind] for kind in parity.BARS]).all(), worst
+
+
 def test_a_row_at_full_size():
     """Losses and all gradients of the 11 layers, with the tables of 50304 and 251520 rows."""
     assert 0 < parity.full_size(report=lambda line: None) < parity.BARS["loss"]
