@@ -38,8 +38,8 @@ def start_processes():
 
 
 def make_mesh(layout: str, devices=None) -> Mesh:
-    """Mesh of `layout`, e.g. "data:2,fsdp:4"; empty is all devices on fsdp. Raises InputError."""
-    devices, sizes = devices or jax.devices(), dict.fromkeys(RULES["matrices"], 1)
+    """Mesh of "data:2,fsdp:4", last axes of neighbours; "" is all on fsdp. Raises InputError."""
+    devices, sizes = devices or jax.devices(), dict.fromkeys(("data", "fsdp", "tensor"), 1)
     for word in (layout or f"fsdp:{len(devices)}").split(","):
         name, _, size = word.partition(":")
         if name not in sizes or not size.isdecimal() or int(size) < 1:

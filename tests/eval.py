@@ -1,6 +1,7 @@
 """The full validation loss of a checkpoint, as in its log: ./launch eval --run=NAME, and with
---hellaswag, or --hellaswag=PATH to a file like hellaswag_val.jsonl, the accuracy on HellaSwag: the
-ending whose tokens have the highest mean log likelihood (arXiv:1905.07830), GPT-2's: about 29.5%.
+--hellaswag, or --hellaswag=PATH to its validation split (.parquet, which takes pyarrow, or .jsonl),
+the accuracy on HellaSwag: the ending whose tokens have the highest mean log likelihood
+(arXiv:1905.07830), GPT-2's: about 29.5%.
 """
 
 import json
@@ -21,8 +22,21 @@ import tool
 from sample import saved, split, words
 from sharding import InputError
 
-REPO, FILE = "Rowan/hellaswag", "data/hellaswag_val.jsonl"
+REPO, FILE = "Rowan/hellaswag", "data/validation-00000-of-00001.parquet"
+COLUMNS = ["ctx", "endings", "label"]
 T, ROWS = 256, 16  # tokens of context and ending; (question, ending) pairs at once, for each device
+
+
+def lines(path: str) -> list:
+    """The items of a file with one as JSON in a line."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+
+
+def table(path: str) -> list[dict]:
+    """The items of a parquet file, as the hub has them."""
+    from pyarrow import parquet
+
+    return parquet.read_table(path, columns=COLUMNS).to_pylist()
 
 
 def questions(path: str) -> list[dict]:
@@ -34,16 +48,19 @@ def questions(path: str) -> list[dict]:
             why = " ".join(str(error).split())
             raise InputError(f"HellaSwag: no download, give --hellaswag=PATH: {why}") from error
     try:
-        items = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+        items = table(path) if path.endswith(".parquet") else lines(path)
         for i, item in enumerate(items):
             kinds = [type(text) for text in (item["endings"], item["ctx"], *item["endings"])]
             if kinds != [list] + [str] * 5 or str(item["label"]) not in [*"0123"]:
                 raise ValueError(f"item {i + 1}: no ctx with 4 endings and a label of 0 to 3")
         if not items:
             raise ValueError("no items")
-        return [{k: item[k] for k in ("ctx", "endings", "label")} for item in items]
+        return [{k: item[k] for k in COLUMNS} for item in items]
+    except ImportError as error:
+        how = f"{sys.executable} -m pip install pyarrow"
+        raise InputError(f"--hellaswag={path}: {how}, which reads that file") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--hellaswag={path}: not HellaSwag's lines of JSON: {error!r}") from error
+        raise InputError(f"--hellaswag={path}: not HellaSwag's items: {error!r}") from error
 
 
 def pairs(items: list[dict], c) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +83,7 @@ def scores(run, rows: np.ndarray, ending: np.ndarray, report=print) -> np.ndarra
 
     def local(params, rows, ending):
         w = run.p.use(params)
-        x = model.features(w, rows[:, :-1], run.c, run.p.views[-1])
+        x = model.features(w, rows[:, :-1], run.c, run.view)
         z = 11.5 * model.cap(x @ w["head"].T)
         said = jnp.take_along_axis(jax.nn.log_softmax(z), rows[:, 1:, None], -1)[..., 0]
         return (said * ending[:, 1:]).sum(1) / ending[:, 1:].sum(1)
@@ -89,15 +106,17 @@ def main(argv: list[str]):
     mine, keys = split(argv, {"hellaswag": ""})
     run = saved(keys)
     c, step = run.c, run.step
+    items = []
+    if mine["hellaswag"]:
+        words(c.vocab)  # if one of them cannot be had, said at once
+        items = questions(mine["hellaswag"])
     corpus = data_fineweb.open_corpus(c.data, c.vocab, c.bos)
     rows = data_fineweb.validation(corpus, c.val_tokens, c.val_row_tokens, c.rows)
     val = sharding.global_rows(run.mesh, rows.shape, rows.__getitem__)
     val_loss = float(run.p.evaluate(run.params, val, c.stage(step)))
     say = print if jax.process_index() == 0 else lambda *_, **to: None
     say(f"step:{step}/{c.steps} val_loss:{val_loss:.4f}")
-    if mine["hellaswag"]:
-        words(c.vocab)  # if it cannot be had, said at once
-        items = questions(mine["hellaswag"])
+    if items:
         best = scores(run, *pairs(items, c), say).reshape(-1, 4).argmax(1)
         right = int(sum(best == [int(item["label"]) for item in items]))
         say(f"hellaswag: {right} of {len(items)} right, accuracy {right / len(items):.4f}")

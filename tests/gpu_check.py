@@ -79,7 +79,14 @@ def attention(keys: dict):  # of documents: both against `attend` in float32; q 
     ]
     passed = max(off) < 1e-5
     say("cos, sin of rotary's largest angles", "agree" if passed else "DIFFER", f"{max(off):.1e}")
-    sizes = (2048, 128, 1), (8192, 384, 2), (16384, 896, 1), (49152, 768, 2), (49152, 1664, 1)
+    sizes = (
+        (256, 2560, 1),
+        (2048, 128, 1),
+        (8192, 384, 2),
+        (16384, 896, 1),
+        (49152, 768, 2),
+        (49152, 1664, 1),
+    )
     for T, W, P in [(128, 32, 1), (128, 32, 2)] if tiny else sizes:
         rng, shape = (
             np.random.default_rng(T),
@@ -108,7 +115,7 @@ def attention(keys: dict):  # of documents: both against `attend` in float32; q 
         jax.random.normal(key, (1, 2, T, K), dtype)
         for key in jax.random.split(jax.random.key(0), 3)
     )
-    doc, runs = jnp.arange(T)[None] // 300, (model.attend, model.cudnn)
+    doc, runs = jnp.arange(T)[None] // (4 * W), (model.attend, model.cudnn)  # windows bind
     name = f"{T} tokens, window {W}, forward alone"
     try:
         want, got = (jax.jit(f, static_argnums=(4, 5))(q / 9, k, v, doc, W, P) for f in runs)
@@ -155,7 +162,9 @@ def read(kind: str) -> tuple[list, dict]:  # milliseconds at each step, curves o
 
 
 def training(kind: str, keys: dict):  # to its end, or to the time's; then speed and losses
-    data = keys.get("data", "fineweb10B")
+    here = Path("data/fineweb10B")  # as a run of speedrun has left it
+    there = all(any(here.glob(f"*_{part}_*.bin")) for part in ("train", "val"))
+    data = keys.get("data", str(here) if there else here.name)
     data = str(Path(data).absolute()) if Path(data).exists() else data
     more = TINY | TINY_SHORT if "cpu" in keys else SHORT | {"data": data}
     c = train_gpt.Config(**more, fp8=kind == "fp8", mesh="fsdp:1", run=kind, resume=False)
@@ -181,7 +190,7 @@ def training(kind: str, keys: dict):  # to its end, or to the time's; then speed
     val = lambda curve: dict(curve["val_loss"]).get(c.steps, np.nan)
     result = f"train {mean(seen):.4f} (of the last 10), validation {val(seen):.4f}"
     say(f"  losses after {len(at)} steps", "", result)
-    if kind != "speedrun":
+    if kind != "speedrun" and any(Path("runs").glob("speedrun-*/metrics.csv")):
         base = read("speedrun")[1]
         result = f"train {mean(seen) - mean(base):+.4f}, validation {val(seen) - val(base):+.4f}"
         apart = [abs(a - b) for (_, a), (_, b) in zip(seen["train_loss"], base["train_loss"])]
@@ -222,7 +231,7 @@ def check(name: str, argv: list[str], end: float) -> bool | None:  # None: out o
 
 def main(argv: list[str]) -> int:
     keys = tool.keys_of(argv)
-    end = time.monotonic() + float(keys.get("seconds", 570))
+    end = time.monotonic() + train_gpt.typed("seconds", keys.get("seconds", 570), "570")
     if "cpu" not in keys and train_gpt.accelerator() != "GPU":
         raise sharding.InputError("no GPU here; --cpu goes through it at tiny sizes")
     jax.config.update("jax_platforms", "cpu" if "cpu" in keys else "cuda,cpu")  # not without cuda
@@ -240,9 +249,10 @@ def main(argv: list[str]) -> int:
         done = dict(zip(first, ThreadPoolExecutor(2).map(run, first)))
         del os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"]
         done |= {name: run(name) for name in names if name not in first}
-        found = {path.parent.name: path.read_text() for path in out.glob("runs/*/metrics.csv")}
+        found = {p.parent.name: curves.read(p.read_text()) for p in out.glob("runs/*/metrics.csv")}
+        found = {name: seen for name, seen in found.items() if seen.get("train_loss")}
         if found:
-            picture = curves.picture([*map(curves.read, found.values())], None, [*found])
+            picture = curves.picture([*found.values()], None, [*found])
             (out / "curves.svg").write_text(picture)
     failed = [name for name, passed in done.items() if passed is False]
     right = [name for name in ("float32", "bfloat16", "attention") if done.get(name)]

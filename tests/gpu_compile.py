@@ -26,6 +26,7 @@ import sharding
 import tool
 import train_gpt
 from plan import held, programs
+from sharding import InputError
 
 H100 = """platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
 dnn_version_info { major: 9 minor: 12 patch: 0 } runtime_version { major: 13 } gpu_device_info {
@@ -82,7 +83,11 @@ def main(argv: list[str]):
     keys = {"preset": "speedrun"} | tool.keys_of([word for word in argv if word not in words])
     plain = keys.pop("plain", "false") == "true"
     options = {"topology": f"1x1x{keys.pop('gpus', '8')}", "target_config": H100}
-    devices = topologies.get_topology_desc("", platform="cuda", **options).devices
+    try:
+        devices = topologies.get_topology_desc("", platform="cuda", **options).devices
+    except NotImplementedError as error:  # JAX's, of a platform that it has no plugin for
+        how = f'{sys.executable} -m pip install "jax[cuda13]"'
+        raise InputError(f"no GPU compiler: {how}") from error
     fused.check_compute_capability = lambda capability: True  # these three ask a GPU that is there
     fused.is_cuda_compute_capability_equal = lambda capability: False
     fused.check_cudnn_version = lambda: 91200

@@ -10,10 +10,13 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+import tool
 from commands import PYTHON, TINY, run
 
 LONG = [*TINY, "--steps=150", "--val_every=7", "--save_every=5", "--run=a"]
@@ -102,4 +105,4 @@ def main(kills: int = 20, seed: int = 0):
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    tool.run(lambda argv: main(*map(int, argv)))

@@ -20,6 +20,7 @@ import jax
 
 import data_fineweb
 import sharding
+import tool
 import train_gpt
 
 BARS = {"loss": 2e-5, "gradient": 2e-3, "parameter": 1e-4}
@@ -323,6 +324,10 @@ def full_size(report=print) -> float:
 
 
 def main(argv) -> int:
+    if not argv:
+        raise sharding.InputError(
+            "parity: compare with what? A folder like tests/data/A; see --help"
+        )
     jax.config.update("jax_platforms", "cpu")
     if argv[0] == "--loader":
         wrong = loader(argv[1], argv[2:])
@@ -341,4 +346,4 @@ def main(argv) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    tool.run(main)

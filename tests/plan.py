@@ -76,6 +76,8 @@ def programs(c, p, mesh) -> dict:
         return jax.ShapeDtypeStruct((n, tokens + 1), np.uint16, sharding=at)
 
     n = c.val_tokens // c.val_row_tokens  # as many as data_fineweb.validation takes of them
+    if not n:
+        raise InputError(f"no row of --val_row_tokens in --val_tokens={c.val_tokens}")
     jobs, val = {}, rows(n // c.rows * c.rows or n, c.val_row_tokens)
     for i in sorted({c.stage(step) for step in range(c.steps)}):
         batch = rows(c.rows, schedule[i][2].tokens // c.rows)
@@ -189,8 +191,8 @@ def main(argv: list[str]) -> int:
         ]:
             total = f"{sum(n for n, _ in found) / 1e6:9.3f} Mcycles {len(found):4d} x"
             print(total, f"{kind[0]:12} {found[0][1]:36} {kind[1]}")
+    print(line := verdict(c, topology, chip, rows, only), flush=True)
     tool.write_csv(path, list(rows.values()))
-    print(line := verdict(c, topology, chip, rows, only))
     return 2 if "does not fit" in line else 0
 
 

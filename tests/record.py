@@ -89,7 +89,7 @@ def write(name: str, argv: list[str], runs: list[Run], target: float):
     folder = [Path("records", f"{time.strftime('%Y-%m-%d')}_{name}"), *there][-1]
     folder.mkdir(parents=True, exist_ok=True)
     for log in folder.glob("seed*.txt"):  # of an earlier record
-        log.unlink()
+        log.unlink(missing_ok=True)
     for run in runs:
         (folder / f"seed{run.seed}.txt").write_text(run.log)
     (folder / "curves.svg").write_text(curves.picture([run.curve for run in runs], target))

@@ -39,7 +39,9 @@ def split(argv: list[str], own: dict) -> tuple[dict, dict]:
 
 
 def saved(keys: dict) -> SimpleNamespace:
-    """Config, mesh, program, parameters and step of --run's newest checkpoint, or InputError."""
+    """Config, mesh, program, parameters and step of --run's newest checkpoint, and the view of its
+    stage, which is the one that the model knows. Raises InputError.
+    """
     run = Path("runs", keys.get("run", ""))
     was, _ = train_gpt.configured(run)
     if not was:
@@ -52,7 +54,8 @@ def saved(keys: dict) -> SimpleNamespace:
     _, state, meta = train_gpt.opened(c, run, p)
     if not meta["step"]:
         raise InputError(f"{run} has no checkpoint yet")
-    return SimpleNamespace(c=c, mesh=mesh, p=p, params=state["params"], step=meta["step"])
+    view, step = p.views[c.stage(meta["step"])], meta["step"]
+    return SimpleNamespace(c=c, mesh=mesh, p=p, params=state["params"], step=step, view=view)
 
 
 def logits_of(run):
@@ -61,7 +64,7 @@ def logits_of(run):
 
     def local(params, tokens, i):
         w = run.p.use(params)
-        x = model.features(w, tokens, run.c, run.p.views[-1])
+        x = model.features(w, tokens, run.c, run.view)
         x = lax.dynamic_slice_in_dim(x, i, 1, 1)[:, 0]
         return 11.5 + 11.5 * model.cap(x @ w["head"].T)
 

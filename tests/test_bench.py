@@ -8,12 +8,14 @@ import sys
 import xml.etree.ElementTree as xml
 from types import SimpleNamespace
 
+import gpu_check
 import jax
 import numpy as np
 import pytest
 
 import bench
 import bench_torch
+import model
 import train_gpt
 from commands import ROOT, run
 
@@ -118,5 +120,32 @@ def test_a_gpus_checks_at_tiny_sizes(tmp_path):
         "tensorboard",
         ".lock0",
     }
+    alone = [*check[:-1], f"--out={tmp_path}/b", "--only=plain"]
+    done = run(tmp_path, command=alone)
+    assert done.returncode == 0 and done.stdout.count("losses after 24 steps") == 1, done
     again = run(tmp_path, command=check)
     assert again.returncode == 2 and again.stderr.strip().endswith("a has runs already")
+
+
+def test_a_gpus_checks_that_time_cut_short_have_a_verdict(tmp_path, monkeypatch, capsys):
+    """Of a training that was still compiling, or had but its first validation."""
+    csv = tmp_path / "runs/speedrun-1/metrics.csv"
+
+    def check(name, argv, end):
+        csv.parent.mkdir(parents=True)
+        csv.write_text("step,train_time_ms,name,value\n0,0,val_loss,5.5\n")
+
+    monkeypatch.setattr(gpu_check, "check", check)
+    assert gpu_check.main(["--cpu", "--only=speedrun", f"--out={tmp_path}"]) == 0
+    assert capsys.readouterr().out == "gpu_check: measured, but nothing checked\n"
+
+
+@pytest.mark.parametrize("wrong", [0, 1], ids=["right", "wrong in long rows"])
+def test_a_gpus_attention_is_refused_if_its_window_is_wrong(monkeypatch, capsys, wrong):
+    def cudnn(q, k, v, doc, window, P):
+        window //= 2 if wrong and q.shape[2] > 512 else 1
+        return model.attend(q, k, v, doc, window, P)
+
+    monkeypatch.setattr(model, "cudnn", cudnn)
+    assert gpu_check.attention({"cpu": "true"}) == 3 * wrong
+    assert ("DIFFERS" in capsys.readouterr().out) == bool(wrong)

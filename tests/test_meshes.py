@@ -64,6 +64,19 @@ def test_20_steps_have_the_losses_of_one_device(one, mesh, device_rows):
     assert len(found) == STEPS + 1 and worst < 1e-4
 
 
+@pytest.mark.parametrize("layout", ["data:2,fsdp:4", "fsdp:4,data:2", "data:2,fsdp:2,tensor:2"])
+def test_weights_are_gathered_among_neighbours(layout):
+    """Devices of a process or host have numbers in a row; what goes between hosts is `data`."""
+    mesh, ids = sharding.make_mesh(layout), np.arange(8)
+    found = np.vectorize(lambda device: device.id)(mesh.devices)
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert (found == ids.reshape(2, -1, mesh.shape["tensor"])).all()
+    at = sharding.placed(mesh, ["rows"], [8])
+    cuts = at.devices_indices_map((8,))  # in that order, so that a host's rows are neighbours too
+    starts = [cuts[device][0].indices(8)[0] for device in mesh.devices.flat]
+    assert starts == sorted(starts)
+
+
 @pytest.mark.parametrize("mesh", MESHES[1:])
 def test_bytes_of_state_per_device(mesh):
     """Of speedrun: an eighth where there is no data axis, else what the other axes split."""

@@ -10,6 +10,7 @@ import sys
 import xml.etree.ElementTree as xml
 from types import SimpleNamespace
 
+import eval as hellaswag
 import jax
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import tiktoken
 
 import curves
 import data_fineweb
+import model
 import plot
 import sample
 import sharding
@@ -66,6 +68,21 @@ def test_help_is_the_commands_own(tmp_path, name):
     assert done.returncode == 0 and not done.stderr, done.stderr
     said = ast.get_docstring(ast.parse((ROOT / f"tests/{name}.py").read_text()), clean=False)
     assert done.stdout.strip() == said.strip()
+
+
+def test_a_model_is_asked_through_the_windows_that_it_knows(unfinished, monkeypatch):
+    monkeypatch.chdir(unfinished)
+    monkeypatch.setattr(train_gpt, "start", lambda c: None)  # JAX has started here
+    run_ = sample.saved({"run": "sweep/a"})
+    assert run_.step == 3 and run_.view is run_.p.views[2] is not run_.p.views[-1]
+    seen = []
+    monkeypatch.setattr(model, "features", lambda w, tokens, c, view: seen.append(view) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample.logits_of(run_)(run_.params, np.zeros((1, 128), np.int32), 0)
+    rows = np.zeros((8, hellaswag.T + 1), np.int32)
+    with pytest.raises(ZeroDivisionError):
+        hellaswag.scores(run_, rows, rows == 0)
+    assert [view.long for view in seen] == [run_.view.long] * 2 != [run_.c.val_long] * 2
 
 
 def test_a_training_ends_with_a_sample(unfinished):
@@ -201,8 +218,6 @@ def test_refused_in_one_line(folder, args, says):
 
 def test_hellaswag_of_a_model_whose_answers_are_known(tmp_path, monkeypatch):
     """A head that always says the same letter: the ending with the most of it wins."""
-    import eval as tool
-
     keys = dict(word[2:].split("=") for word in TINY if "run" not in word)
     c = train_gpt.Config(**keys)
     mesh = sharding.make_mesh("fsdp:1")
@@ -213,7 +228,7 @@ def test_hellaswag_of_a_model_whose_answers_are_known(tmp_path, monkeypatch):
         params[name][:] = 0
     params["head"][:] = 0
     params["head"][ord("z")] = 1
-    run_ = type("Run", (), {"c": c, "mesh": mesh, "p": p, "params": params})
+    run_ = type("Run", (), {"c": c, "mesh": mesh, "p": p, "params": params, "view": p.views[-1]})
     items = [
         {"ctx": "a b", "endings": ["q q", "zzzz", "z q", "qz"], "label": 1},
         {"ctx": "c" * 400, "endings": ["zzz zz", "nothing", "zq", "qqq"], "label": "0"},
@@ -221,14 +236,40 @@ def test_hellaswag_of_a_model_whose_answers_are_known(tmp_path, monkeypatch):
     ]
     path = tmp_path / "h.jsonl"
     path.write_text("\n".join(json.dumps(item) for item in items))
-    read = tool.questions(str(path))
-    rows, ending = tool.pairs(read, c)
+    read = hellaswag.questions(str(path))
+    rows, ending = hellaswag.pairs(read, c)
     assert rows[1, :9].tolist() == [c.bos, *b"a b zzzz"[:8]] and ending[1].nonzero()[0][0] == 4
     assert bytes(rows[1][ending[1]].tolist()) == b" zzzz"
-    best = tool.scores(run_, rows, ending).reshape(-1, 4).argmax(1)
+    best = hellaswag.scores(run_, rows, ending).reshape(-1, 4).argmax(1)
     assert best.tolist() == [1, 0, 3]
     assert sum(int(a) == int(i["label"]) for a, i in zip(best, read)) == 2
     assert data_fineweb.encode(b"z", c.vocab)[0] == ord("z")
+
+
+def test_hellaswag_comes_from_the_hub_as_parquet(tmp_path, monkeypatch):
+    path, asked = tmp_path / "validation.parquet", []
+    download = lambda *args, **more: asked.append((*args, more["repo_type"])) or str(path)
+    monkeypatch.setattr(hellaswag, "hf_hub_download", download)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(sharding.InputError, match=r"-m pip install pyarrow, which reads that file"):
+        hellaswag.questions("true")
+    table = SimpleNamespace(to_pylist=lambda: [GOOD | {"ind": 7}])
+    parquet = SimpleNamespace(read_table=lambda path, columns: table)
+    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(parquet=parquet))
+    assert hellaswag.questions("true") == hellaswag.questions(str(path)) == [GOOD]
+    file = ("Rowan/hellaswag", "data/validation-00000-of-00001.parquet", "dataset")
+    assert asked == [file, file]
+
+
+def test_hellaswag_in_parquet_as_pyarrow_has_it(tmp_path):
+    arrow = pytest.importorskip("pyarrow")  # which only this needs
+    pytest.importorskip("pyarrow.parquet").write_table(
+        arrow.Table.from_pylist([GOOD | {"ind": 7}] * 2), path := tmp_path / "a.parquet"
+    )
+    assert hellaswag.questions(str(path)) == [GOOD, GOOD]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(sharding.InputError, match="not HellaSwag's items"):
+        hellaswag.questions(str(path))
 
 
 GOOD = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": "3"}
@@ -252,12 +293,10 @@ GOOD = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": "3"}
     ],
 )
 def test_what_is_not_hellaswag_is_refused(tmp_path, items, says):
-    import eval as tool
-
     path = tmp_path / "h.jsonl"
     path.write_text("\n".join(json.dumps(item) for item in items))
     with pytest.raises(sharding.InputError, match=says) as error:
-        tool.questions(str(path))
+        hellaswag.questions(str(path))
     assert str(error.value).startswith(f"--hellaswag={path}: ")
 
 
