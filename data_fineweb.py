@@ -81,19 +81,19 @@ def encode(text: bytes, vocab: int) -> np.ndarray:
 def plan(corpus: Corpus, steps) -> list:
     """For steps of (row tokens, max_doc, rows): of each a function, slice -> those of its rows."""
     # Documents, cut at max_doc, till the row is full; a shard's tail is dropped, as in the record.
-    batch = lambda t, step, rows: np.stack([np.concatenate([t[i] for i in r]) for r in step[rows]])
+    batch = lambda t, rows, cut: np.stack([np.concatenate([t[i] for i in r]) for r in rows[cut]])
     planned = []
     for tokens in map(corpus.read, corpus.train):
-        step, n = [[]], 0  # rows, tokens in the last of them
+        packed, n = [[]], 0  # a step's rows, lists of slices; tokens in the last of them
         for start, end in pairwise([*np.flatnonzero(tokens == corpus.bos).tolist(), len(tokens)]):
             row_tokens, max_doc, rows = steps[len(planned)]
-            step[-1].append(slice(start, min(end, start + max_doc, start + row_tokens + 1 - n)))
-            n += step[-1][-1].stop - start
+            packed[-1].append(slice(start, min(end, start + max_doc, start + row_tokens + 1 - n)))
+            n += packed[-1][-1].stop - start
             if n > row_tokens:
-                step, n = [*step, []], 0
-            if len(step) > rows:
-                planned.append(partial(batch, tokens, step[:-1]))
-                step = [[]]
+                packed, n = [*packed, []], 0
+            if len(packed) > rows:
+                planned.append(partial(batch, tokens, packed[:-1]))
+                packed = [[]]
             if len(planned) == len(steps):
                 return planned
     raise DataError(f"training data lasts {len(planned)} of {len(steps)} steps: --steps? --bos?")

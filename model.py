@@ -74,9 +74,8 @@ def yarn(K: int, longs) -> tuple[np.ndarray, float]:
     return np.concatenate([freqs, np.zeros(K // 4)]).astype(np.float32), scale
 
 
-# RMSNorm without weights is x * root(x), or a product with x times root(x), in float32.
-root = lambda x: lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True) + 2**-23)
-norm = lambda x: (x * root(x)).astype(x.dtype)
+rrms = lambda x: lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True) + 2**-23)
+norm = lambda x: (x * rrms(x)).astype(x.dtype)  # RMSNorm, without weights
 # mix: sum of scalar * array in float32, rounded once; shift: x (..., T, D) of the token before.
 mix = lambda *terms: sum(a * x.astype(jnp.float32) for a, x in terms).astype(terms[0][1].dtype)
 shift = lambda x: jnp.pad(x[..., :-1, :], [(0, 0)] * (x.ndim - 2) + [(1, 0), (0, 0)], "edge")
@@ -200,7 +199,7 @@ def attention(x, size, w, kind: str, view, doc):
     theta = (P * jnp.arange(T)[:, None] + jnp.arange(P)[:, None, None]) * view.freqs
     # In pairs the record turns odd heads one further; its pairs are h and h + H/2, ours neighbours.
     odd = np.arange(q.shape[1]).reshape(P, -1).T.ravel() % P if P == 2 else np.zeros(1)
-    q, k = (rotary(mix((by * root(x), x)), theta, odd, view) for x, by in ((q, view.scale), (k, 1)))
+    q, k = (rotary(mix((by * rrms(x), x)), theta, odd, view) for x, by in ((q, view.scale), (k, 1)))
     still = np.tile(view.freqs == 0, 2)  # dims that do not turn look one token back (record 49)
     k, window = (jnp.where(still, shift(k), k), view.long) if "l" in kind else (k, view.short)
     o = mix((gate(y, "attn_gate"), view.attend(q, k, mix(*v), doc, window, P)))
@@ -221,7 +220,7 @@ def features(w, tokens_BT, c, view):
     x = x0 = norm(mix((1, x), (w["smear"] * gate, shift(x))))
     x = mix((1, x), (w["bigram_inject"][0], bigram))
     kept = {"s": x}  # by letter, what the last layer with it gave
-    again = jax.checkpoint if "v5 lite" in view.chip and tokens_BT.size > 2**14 else partial
+    remat = jax.checkpoint if "v5 lite" in view.chip and tokens_BT.size > 2**14 else lambda f: f
     for i, kind in enumerate(c.layers.split(",")):
         layer = take("qkv_scale", "out_scale", "up", "down")
         if "k" in kind:
@@ -231,10 +230,10 @@ def features(w, tokens_BT, c, view):
             layer |= take("qkv", "out", "attn_gate") | {"post": w["post"][i, 0]}
             layer |= take("value_gate") | {"ve": next(values)} if "v" in kind else {}
             y = kept.get("b", x)
-            y = again(partial(attention, kind=kind, view=view, doc=doc))(y, root(y), layer)
+            y = remat(partial(attention, kind=kind, view=view, doc=doc))(y, rrms(y), layer)
             inject = [(w["x0_inject"][i], x0), (w["bigram_inject"][i], bigram)]
             x = mix((w["resid"][i, 0], x), (1, y), *inject[: 2 if i else 1])
-        h = jnp.square(jax.nn.relu(mix((root(x), x @ layer["up"].T))))  # ReLU^2, arXiv:2109.08668
+        h = jnp.square(jax.nn.relu(mix((rrms(x), x @ layer["up"].T))))  # ReLU^2, arXiv:2109.08668
         x = mix((w["resid"][i, 1], x), (1, h @ (w["post"][i, 1] * layer["down"]).astype(h.dtype)))
         kept |= dict.fromkeys(kind, x)
     x = mix((1, x), (-w["backout"], kept["b"])) if "b" in kept else x
@@ -246,7 +245,7 @@ cap = lambda x, b=0: jnp.tanh((x.astype(jnp.float32) + 5 - 15 * b) / 15 + b)  # 
 e4m3 = lambda x: x.clip(-448, 448).astype(jnp.float8_e4m3fn)  # record 19; what is larger is NaN
 
 
-def with_grads(x, head, m, fp8, chip):
+def lse_and_grads(x, head, m, fp8, chip):
     """Sum of m log sum exp 11.5 cap(logits), x (B, T, D), head (V, D) float32, m (B, T, 1); and its
     gradients by x and head, so that the logits, GBs if not in chunks, are made but once."""
     n = math.gcd(x.shape[1], 1 << (2 ** (27 + ("v6" in chip)) // len(x) // len(head)).bit_length())
@@ -255,21 +254,21 @@ def with_grads(x, head, m, fp8, chip):
     def chunk(sums, args):
         (total, dhead), (x, m) = sums, args  # x (B, n, D), m (B, n, 1)
         y, over = (mm(e4m3(4 * x), e4m3(256 * w)), 1024) if fp8 else (mm(x, w), 1)
-        norms = jnp.exp(11.5 * cap(y / over, "gpu" in chip and 1 / 3)).sum(-1, keepdims=True)
+        denom = jnp.exp(11.5 * cap(y / over, "gpu" in chip and 1 / 3)).sum(-1, keepdims=True)
         # They come in behind, so that one pass makes both; a GPU writes float32 tanh, if it is one.
         z = cap(y / over)
-        g, by = (jnp.exp(11.5 * z) * (1 - z * z)).astype(x.dtype), m * 11.5 / 15 / norms
+        g, by = (jnp.exp(11.5 * z) * (1 - z * z)).astype(x.dtype), m * 11.5 / 15 / denom
         g, xs = lax.optimization_barrier((g, (by * x).astype(x.dtype)))
         dhead += jnp.einsum("bnv,bnd->vd", g, xs, preferred_element_type=jnp.float32)
-        return (total + (m * jnp.log(norms)).sum(), dhead), (by * (g @ w)).astype(x.dtype)
+        return (total + (m * jnp.log(denom)).sum(), dhead), (by * (g @ w)).astype(x.dtype)
 
     chunks = [a.reshape(len(x), -1, n, a.shape[2]).swapaxes(0, 1) for a in (x, m)]
     (total, dhead), dx = lax.scan(chunk, (jnp.zeros(()), jnp.zeros_like(head)), chunks)
     return total, (dx.swapaxes(0, 1).reshape(x.shape), dhead)
 
 
-log_norms = jax.custom_vjp(lambda *args: with_grads(*args)[0], nondiff_argnums=(3, 4))
-log_norms.defvjp(with_grads, lambda _, __, gs, t: (*((t * g).astype(g.dtype) for g in gs), None))
+lse = jax.custom_vjp(lambda *args: lse_and_grads(*args)[0], nondiff_argnums=(3, 4))
+lse.defvjp(lse_and_grads, lambda _, __, gs, t: (*((t * g).astype(g.dtype) for g in gs), None))
 
 
 def loss(w, rows, c, view, mtp, fp8=False):
@@ -278,9 +277,9 @@ def loss(w, rows, c, view, mtp, fp8=False):
     tokens, T = rows.astype(jnp.int32), rows.shape[1] - 1
     x, head = features(w, tokens[:, :-1], c, view), w["head"].astype(jnp.float32)
     m = [weight * (jnp.arange(T) < T - k)[:, None] for k, weight in enumerate(mtp)]
-    total = log_norms(x, head, jnp.broadcast_to(sum(m), (*x.shape[:2], 1)), fp8, view.chip)
-    for k in range(len(mtp)):  # the head's gradient is added up in float32, here and there
-        said = head[jnp.roll(tokens, -1 - k, 1)[:, :-1]].astype(x.dtype)
-        logit = jnp.einsum("btd,btd->bt", x, said, preferred_element_type=jnp.float32)
+    total = lse(x, head, jnp.broadcast_to(sum(m), (*x.shape[:2], 1)), fp8, view.chip)
+    for k in range(len(mtp)):  # rows of the float32 head, so that gradients add up in float32
+        target = head[jnp.roll(tokens, -1 - k, 1)[:, :-1]].astype(x.dtype)
+        logit = jnp.einsum("btd,btd->bt", x, target, preferred_element_type=jnp.float32)
         total -= (m[k] * 11.5 * cap(logit.astype(x.dtype))[..., None]).sum()
     return total

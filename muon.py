@@ -1,4 +1,4 @@
-"""NorMuon and Adam of record #77, optax transformations of a dict; `rows` has lr, wd and betas."""
+"""NorMuon and Adam of record #77, optax transformations of dicts; `table`: name -> Param."""
 
 from jax import lax, numpy as jnp
 from optax import GradientTransformationExtraArgs, Schedule, incremental_update
@@ -10,7 +10,7 @@ POLAR_EXPRESS = (  # arXiv:2505.16932, five steps
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-zeros = lambda rows, params: {name: jnp.zeros_like(params[name]) for name in rows}
+zeros = lambda table, params: {name: jnp.zeros_like(params[name]) for name in table}
 
 
 def orthogonalize(x):
@@ -35,13 +35,13 @@ def normalize_rows(x, second, beta2: float = 0.95):
     return (x * scale * jnp.sqrt(before / jnp.maximum(after, 1e-20))).astype(x.dtype), second
 
 
-def normuon(rows: dict, rate: Schedule, momentum: Schedule, dtype, split=lambda f, *x: f(*x)):
+def normuon(table: dict, rate: Schedule, momentum: Schedule, dtype, split=lambda f, *x: f(*x)):
     """NorMuon with cautious decay (records 41, 43); `split` applies f to stacks of matrices."""
-    init = lambda p: {"momentum": zeros(rows, p), "second": {n: 0 * p[n][..., :1] for n in rows}}
+    init = lambda p: {"momentum": zeros(table, p), "second": {n: 0 * p[n][..., :1] for n in table}}
 
     def update(grads, state, params, *, step, **_):
         lr, m, updates, average, second = rate(step), momentum(step), {}, {}, {}
-        for name, row in rows.items():
+        for name, row in table.items():
             p, g, v = params[name], grads[name], state["second"][name]
             average[name] = incremental_update(g, state["momentum"][name], 1 - m)
             nesterov = incremental_update(average[name], g, m).astype(dtype)
@@ -52,15 +52,15 @@ def normuon(rows: dict, rate: Schedule, momentum: Schedule, dtype, split=lambda 
     return GradientTransformationExtraArgs(init, update)
 
 
-def adam(rows: dict, rate: Schedule):
+def adam(table: dict, rate: Schedule):
     """Adam with cautious weight decay (record 50), at odd steps by the gradients of two."""
-    init = lambda params: dict.fromkeys(("pending", "m", "v"), zeros(rows, params))
+    init = lambda params: dict.fromkeys(("pending", "m", "v"), zeros(table, params))
 
     def update(grads, state, params, *, step, odd):
         if not odd:
-            return {}, state | {"pending": {n: grads[n] for n in rows}}
+            return {}, state | {"pending": {n: grads[n] for n in table}}
         updates, ms, vs = {}, {}, {}
-        for n, row in rows.items():  # eps after the bias correction, decay by the squared rate
+        for n, row in table.items():  # eps after the bias correction, decay by the squared rate
             m, v, g, p = state["m"][n], state["v"][n], state["pending"][n] + grads[n], params[n]
             (b1, b2), t, lr = row.betas, step // 2 + 1, row.lr * rate(step)
             ms[n], vs[n] = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g

@@ -93,7 +93,7 @@ class Config(SimpleNamespace):
 def choose(what: str, name: str, table):
     if name in table:
         return name
-    near = difflib.get_close_matches(name, table, 1, 0)[0]
+    near = difflib.get_close_matches(str(name), table, 1, 0)[0]
     raise InputError(f"unknown {what} '{name}': did you mean '{near}'? (--help: --key=value)")
 
 
@@ -226,6 +226,7 @@ def start(c: Config):
     """Sets JAX up, once per Python process. Raises InputError on a silent fall to the CPU."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(HERE / ".cache/jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_enable_x64", False)
     jax.config.update("jax_default_matmul_precision", "highest" if c.float32 else None)
     try:
         on = {"auto": jax.config.jax_platforms, "cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu"}
@@ -301,17 +302,17 @@ def train(c: Config, stop=lambda step: False) -> Result:
     began, like, n = time.perf_counter(), p.like["params"], sharding.ways(mesh, "rows")
     each = f"{n} devices x {c.rows // n // (k := turns(c, c.rows // n))} row x {k} accumulation"
     journal.say(f"{run}: {[s.tokens for *_, s in schedule]} tokens/step = {c.rows} rows = {each}")
-    jobs = {("update", odd): partial(p.update.lower, p.like, like, odd) for odd in (0, 1)}
-    for i in {c.stage(step) for step in range(first, c.steps)}:
-        jobs["train", i] = partial(p.gradients.lower, like, batch(schedule[i][0]), 0, i)
-    for i in {c.stage(k) for k in [*range(0, c.steps, c.val_every), c.steps] if k >= first}:
-        jobs["val", i] = partial(p.evaluate.lower, like, val, i)
+    trained = {c.stage(step) for step in range(first, c.steps)}
+    validated = {c.stage(k) for k in [*range(0, c.steps, c.val_every), c.steps] if k >= first}
+    jobs = {("update", odd): (p.update, p.like, like, odd) for odd in (0, 1)}
+    jobs |= {("train", i): (p.gradients, like, batch(schedule[i][0]), 0, i) for i in trained}
+    jobs |= {("val", i): (p.evaluate, like, val, i) for i in validated}
     journal.say(f"attention by {p.views[0].attend.__name__}{p.why}; compiling {len(jobs)} programs")
     pool = ThreadPoolExecutor(1 if "gpu" in p.views[0].chip else None)  # XLA times kernels there
-    compiled = dict(zip(jobs, pool.map(lambda f: f().compile(), jobs.values())))
+    compiled = dict(zip(jobs, pool.map(lambda f: f[0].lower(*f[1:]).compile(), jobs.values())))
     ocp.multihost.get_barrier_sync_fn()(key="all have compiled", timeout_ms=3600_000)  # Gloo: 30 s
     journal.say(f"compiled in {time.perf_counter() - began:.1f} s")
-    for i in [stage for kind, stage in compiled if kind == "train"]:  # a first call takes longer
+    for i in trained:  # a first call takes longer
         _, *grads = compiled["train", i](state["params"], batch(schedule[i][0]), 0)
         jax.block_until_ready(compiled["update", i % 2](jax.tree.map(jnp.copy, state), grads.pop()))
 
@@ -323,7 +324,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
     pending, began = (), time.perf_counter()
     with lock, closing(manager), closing(journal.board):  # whatever comes, a begun save ends
         for step in range(first, c.steps + 1):
-            last, stopped = step == c.steps, stop(step)
+            last, stopped = step == c.steps, step < c.steps and stop(step)
             validating, saving = last or step % c.val_every == 0, last or step % c.save_every == 0
             if stopped or saving or validating:
                 pending = pending and note(*pending)
@@ -340,7 +341,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
                     manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=meta)
                 if stopped or last:  # safe before a line says that the run is done
                     manager.wait_until_finished()
-                if stopped and not last:
+                if stopped:
                     journal.say(f"stopped after step {step}: the same --run goes on, {run}")
                     sys.exit(75)
                 if validating:
@@ -367,11 +368,11 @@ def main(argv: list[str]):
         has = accelerator() if keys.get("device") != "cpu" else ""
         keys["preset"] = "speedrun" if has else "smoke"
         print(f"preset {keys['preset']}, as this machine has {has or 'no GPU or TPU'}", flush=True)
-    c, heard = Config(**keys), []  # the second signal stops at once
-    signal(SIGTERM, lambda n, _: heard.append(signal(n, SIG_DFL)))
-    signal(SIGINT, lambda n, _: signal(n, SIG_DFL) and raise_signal(SIGTERM))  # which JAX hears
+    c, heard = Config(**keys), []
+    signal(SIGTERM, lambda n, _: heard.append(signal(n, SIG_DFL)))  # a second one kills
+    signal(SIGINT, lambda n, _: (signal(n, SIG_DFL), raise_signal(SIGTERM)))  # JAX hears SIGTERM
     stop = lambda step: ocp.multihost.reached_preemption(step) or heard and jax.process_count() == 1
-    c.run = os.path.relpath(train(c, stop).run_dir, "runs")  # SIGTERM of one stops all at a step
+    c.run = os.path.relpath(train(c, stop).run_dir, "runs")
     if jax.process_count() == 1 and (HERE / "tests/sample.py").exists():
         os.closerange(3, 2**16)  # the sample is of this process: a TPU that it has open is not free
         main(["sample", "--end", *(f"--{n}={v}" for n, v in vars(c).items() if n in FREE)])

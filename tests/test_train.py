@@ -54,6 +54,13 @@ def test_log_is_complete_and_its_lines_are_the_contracts(finished):
     assert "without compiling" in done.stderr  # the sample's last line
 
 
+def test_64_bits_of_the_environment_change_nothing(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    done = run(tmp_path, *ARGS)
+    assert done.returncode == 0, done.stderr
+    assert same(finished[0], tmp_path)
+
+
 def test_in_python_and_nothing_is_compiled_while_it_trains(tmp_path, monkeypatch):
     """After the first step, and what the first save needs; over all stages, to the last step."""
     monkeypatch.chdir(tmp_path)

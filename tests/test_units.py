@@ -131,8 +131,8 @@ def test_bfloat16_is_rounded_once_behind_rotary_and_gates(view):
     o, y = o.astype(bf16), x.reshape(1, T, H * K)
     view = view._replace(freqs=model.yarn(K, [16])[0], attend=lambda *_: o)
     w = {"qkv": qkv, "attn_gate": rows, "out": jnp.eye(H * K), "post": 1, "out_scale": 1}
-    close(model.root(y), model.root(y.astype(jnp.float32)), 1e-6)
-    got = model.attention(y, model.root(y), w | {"qkv_scale": 1}, "o", view, None)
+    close(model.rrms(y), model.rrms(y.astype(jnp.float32)), 1e-6)
+    got = model.attention(y, model.rrms(y), w | {"qkv_scale": 1}, "o", view, None)
     gate = jax.nn.sigmoid(model.norm(y)[0, :, : model.G].astype(jnp.float32) @ rows.T)  # (T, H)
     want = gate.T[:, :, None] * o[0].astype(jnp.float32)
     assert same(got.reshape(T, H, K).swapaxes(0, 1), want)
@@ -229,10 +229,10 @@ def test_the_norms_by_chunks_are_those_of_the_whole(monkeypatch):
     head, m = jax.random.normal(jax.random.key(1), (50, 16)), jnp.arange(128.0).reshape(2, 64, 1)
     z = 23 * jax.nn.sigmoid((x @ head.T + 5) / 7.5) - 11.5
     want = (m * jax.nn.logsumexp(z, -1, keepdims=True)).sum()
-    whole = jax.value_and_grad(model.log_norms, (0, 1))(x, head, m, False, "")
+    whole = jax.value_and_grad(model.lse, (0, 1))(x, head, m, False, "")
     monkeypatch.setattr(model.math, "gcd", lambda *_: 8)
     for chip in ("", "gpu NVIDIA H100", "tpu TPU v6 lite"):
-        chunked = jax.value_and_grad(model.log_norms, (0, 1))(x, head, m, False, chip)
+        chunked = jax.value_and_grad(model.lse, (0, 1))(x, head, m, False, chip)
         close(chunked[0], want, 1e-5)
         for a, b in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole)):
             close(a, b, 1e-4)
@@ -244,7 +244,7 @@ def test_logits_are_never_made_whole():
         shapes = [(rows, T, 768), (50304, 768), (rows, T, 1)]
         args = [jax.ShapeDtypeStruct(s, t) for s, t in zip(shapes, ("bfloat16", "f4", "f4"))]
         for chip, most in (("gpu NVIDIA H100", 2**28), ("tpu TPU v6 lite", 2**29)):
-            f = jax.make_jaxpr(model.with_grads, static_argnums=(3, 4))
+            f = jax.make_jaxpr(model.lse_and_grads, static_argnums=(3, 4))
             text = str(f(*args, False, chip))
             found = {tuple(map(int, s.split(","))) for s in re.findall(r"\[([\d,]+,50304)\]", text)}
             assert found and max(map(np.prod, found)) <= most, found
@@ -267,7 +267,7 @@ def test_the_gradient_of_the_head_is_added_up_in_float32(monkeypatch):
         got = gradient(chunk, bf16)
         assert jnp.linalg.norm(got - want) < 0.01 * jnp.linalg.norm(want)
     monkeypatch.undo()
-    total = lambda head: model.log_norms(x, head, jnp.ones((1, T, 1)), False, "")
+    total = lambda head: model.lse(x, head, jnp.ones((1, T, 1)), False, "")
     whole = jax.grad(total)(head)
     assert (whole != whole.astype(bf16)).any()  # nor is a chunk's sum rounded
 
@@ -276,7 +276,7 @@ def test_the_head_in_8_bits_is_near_and_never_beyond_its_range():
     """Off by what 3 bits of mantissa leave; gradients are bf16's; large weights are clipped."""
     draw = lambda n, *shape: jax.random.normal(jax.random.key(n), shape)
     x, head, m = draw(0, 2, 64, 256), draw(1, 50, 256) / 200, jnp.ones((2, 64, 1))
-    f = lambda x, head, m, fp8: model.log_norms(x, head, m, fp8, "")
+    f = lambda x, head, m, fp8: model.lse(x, head, m, fp8, "")
     both = jax.jit(jax.value_and_grad(f, (0, 1)), static_argnums=3)
     off = lambda a, b: jnp.linalg.norm(a - b) / jnp.linalg.norm(b)
     want, got = both(x, head, m, False), both(x, head, m, True)
