@@ -46,7 +46,7 @@ def open_corpus(data: str, vocab: int, bos: int, cache: Path = Path("data")) -> 
         return Corpus(train, val[0], bos, partial(read_shard, vocab=vocab))
     if bos < (least := 256 if vocab <= 50256 else 50256):  # else it is a token of the texts
         raise DataError(f"--bos={bos}: --vocab={vocab} takes --bos={least} or more for texts")
-    endings, skip = ((".py", ".txt"), SKIP) if data == "stdlib" else ((".txt",), set())
+    endings, skip = ((".py", ".txt"), SKIP) if data == "stdlib" else ((".txt",), {"runs"})
     found = [p for p in [root, *sorted(root.rglob("*"))] if p.suffix in endings and p.is_file()]
     names = [p.relative_to(root if root.is_dir() else root.parent) for p in found]
     files = {n.as_posix(): p for n, p in zip(names, found) if not skip & {*n.parts}}
@@ -54,12 +54,12 @@ def open_corpus(data: str, vocab: int, bos: int, cache: Path = Path("data")) -> 
 
 
 def tokenize(data: str, files: dict, vocab: int, bos: int) -> tuple:
-    """([training tokens], validation tokens) of texts, name -> path, split by a hash of the name;
-    training texts are cut into documents of 1024 and mixed, so that a short run sees of all."""
+    """([training tokens], validation tokens) of texts, name -> path: parted by a hash of names or
+    a tenth of each; training texts in documents of 1024, mixed, so that short runs see of all."""
     docs = {n.encode(errors="namereplace"): encode(p.read_bytes(), vocab) for n, p in files.items()}
     train, held_out, start = {}, {}, np.array([bos], np.uint16)
-    out = {n for n, ids in docs.items() if len(ids) and zlib.crc32(n) % 20 == 0}
-    few = not 0 < len(out) < len(files)  # then it is the last tenth of each
+    out = {n for n in docs if zlib.crc32(n) % 20 == 0}
+    few = not 0.01 < sum(len(docs[n]) for n in out) / (1 + sum(map(len, docs.values()))) < 0.3
     for name, ids in docs.items():
         cut = len(ids) * 9 // 10 if few else 0 if name in out else len(ids)
         held_out |= {name: ids[cut:]} if cut < len(ids) else {}

@@ -3,7 +3,7 @@
 from argparse import ArgumentTypeError as InputError  # what the user can mend, in one line
 from contextlib import suppress
 from functools import reduce
-from os import environ
+from os import environ as env
 
 import jax
 import numpy as np
@@ -26,14 +26,14 @@ ways = lambda mesh, axis: int(np.prod([mesh.shape[name] for name in RULES.get(ax
 
 def start_processes():
     """Joins those of a job, by torchrun's variables or what JAX knows: SLURM, MPI, TPU pods."""
-    if int(environ.get("WORLD_SIZE", 1)) > 1:  # on MASTER_PORT torchrun itself may listen
-        at = f"{environ['MASTER_ADDR']}:{int(environ['MASTER_PORT']) + 1}"  # alone: takes all GPUs
-        names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")[: 2 + (environ.get("LOCAL_WORLD_SIZE") != "1")]
-        return jax.distributed.initialize(at, *(int(environ[n]) for n in names if n in environ))
-    with suppress(ValueError, OSError):  # so it is none
-        if environ.get("TPU_PROCESS_ADDRESSES") != "local":  # Kaggle's one host: JAX would wait
+    if int(env.get("WORLD_SIZE") or 1) > 1:  # has the GPU LOCAL_RANK, or all if alone on its host
+        at = f"{env['MASTER_ADDR']}:{int(env['MASTER_PORT']) + 1}"  # torchrun may listen on it
+        names = ["WORLD_SIZE", "RANK"] + ["LOCAL_RANK"] * (env.get("LOCAL_WORLD_SIZE") != "1")
+        return jax.distributed.initialize(at, *(int(env[n]) for n in names if n in env))
+    with suppress(ValueError, OSError):  # none; in Kaggle and a shell of salloc's JAX would wait
+        if not {("TPU_PROCESS_ADDRESSES", "local"), ("SLURM_STEP_NUM_TASKS", "1")} & env.items():
             jax.distributed.initialize()
-        if environ.get("SLURM_TASKS_PER_NODE", "").partition("(")[0] == "1":  # JAX takes one GPU
+        if env.get("SLURM_TASKS_PER_NODE", "").partition("(")[0] == "1":  # JAX takes one GPU
             jax.config.update("jax_cuda_visible_devices", "all")
 
 

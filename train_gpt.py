@@ -204,7 +204,8 @@ class Journal:  # the console, log.txt, metrics.csv and TensorBoard of a run, of
 
     def say(self, line: str, show: bool = True):
         for file in [self.log] + [sys.stdout] * (show and self.first):
-            print(line, file=file, flush=True)
+            with suppress(BrokenPipeError):  # `| tee` hears Ctrl-C as well, and ends first
+                print(line, file=file, flush=True)
 
     def scalar(self, step: int, ms: float, name: str, value: float, show: bool = True):
         if not np.isfinite(value):  # not written, so that the run is not done
@@ -332,7 +333,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
                 if (stopped or saving) and step > first:  # before validation, which could fail
                     manager.wait_until_finished()  # the one before, or its room would look free
                     need = 2**20 + 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-                    if (disk := os.statvfs(run)).f_bavail * disk.f_frsize < need:
+                    if (disk := os.statvfs(run)).f_blocks and disk.f_bavail * disk.f_frsize < need:
                         raise InputError(f"{run}: disk full: a save takes {need / 1e6:.0f} MB")
                     for late in [n for n in manager.all_steps() if n >= step]:  # unreadable ones
                         manager.delete(late)

@@ -117,6 +117,28 @@ def test_validation_is_contiguous_and_takes_whole_rows(corpus):
         data.validation(corpus, 10**6, 3000)
 
 
+@pytest.mark.parametrize("sizes", [(260, 5_000_000), (5_000_000, 30_000)])
+def test_texts_of_unlike_size_are_split_within_each(tmp_path, sizes):
+    """The hash holds out readme.txt, which here has next to nothing, or nearly all."""
+    assert zlib.crc32(b"readme.txt") % 20 == 0 != zlib.crc32(b"corpus.txt") % 20
+    for name, size in zip(("readme", "corpus"), sizes):
+        (tmp_path / f"{name}.txt").write_text(name[0] * size)
+    got = data.open_corpus(str(tmp_path), VOCAB, BOS)
+    for name, size in zip(("readme", "corpus"), sizes):
+        held_out = np.count_nonzero(got.val == ord(name[0]))
+        assert held_out == size - size * 9 // 10
+        assert np.count_nonzero(got.train[0] == ord(name[0])) == size - held_out
+
+
+def test_what_a_run_writes_is_no_text_to_train_on(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a" * 9000)
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/log.txt").write_text("log" * 9000)
+    monkeypatch.chdir(tmp_path)
+    got = data.open_corpus(".", VOCAB, BOS)
+    assert {*got.train[0], *got.val} == {BOS, ord("a")}
+
+
 def test_the_library_is_split_by_a_hash_of_the_path(tmp_path, monkeypatch):
     (tmp_path / "test").mkdir()
     names = [f"module{i}.txt" for i in range(300)]

@@ -147,16 +147,23 @@ import os, shutil, sys, time
 from pathlib import Path
 home, args, log = Path(sys.argv[0]).parent.parent, sys.argv[1:], Path(os.environ["LOG"])
 has = (home / "has").read_text().split() if (home / "has").exists() else []
+is_old = (home / "old").read_text() if (home / "old").exists() else ""
 key = lambda need: (need.partition(">=")[0], [int(n) for n in need.partition(">=")[2].split(".")])
 if args[:2] == ["-m", "venv"]:
     os.makedirs(args[2] + "/bin", exist_ok=True)
-    shutil.copy(sys.argv[0], args[2] + "/bin/python")
+    if not os.path.lexists(python := args[2] + "/bin/python"):  # a link to another stays
+        shutil.copy(sys.argv[0], python)
+        Path(args[2], "old").write_text(is_old)
+elif args[:1] == ["-c"]:
+    sys.exit(is_old and "ModuleNotFoundError: No module named 'tomllib'")
 elif args[:5] == ["-m", "pip", "install", "-q", "--dry-run"]:
     assert args[5] == "--no-index"
     for need in args[6:]:
         name, least = key(need + ">=0" * (">=" not in need))
         assert any(name == n and v >= least for n, v in map(key, has)), need
 elif args[:4] == ["-m", "pip", "install", "-q"]:
+    if is_old or os.environ.get("PIP_USER") != "0":
+        sys.exit("ERROR: requires a different Python, or: can not perform a '--user' install")
     log.open("a").write(" ".join(args[4:]) + "\\n")
     while Path(f"{{log}}.is-slow").exists():
         time.sleep(0.02)
@@ -172,6 +179,7 @@ class Machine:
 
     def __init__(self, folder, has=("jax>=0.10.1", *NEEDS[1:], "pytest-xdist>=3")):
         self.folder, self.log = project(folder), folder / "log"
+        self.launch = self.folder / "launch"
         shutil.copy(ROOT / "pyproject.toml", folder)
         executable(folder / "base/bin/python3", PYTHON)
         executable(folder / "base/bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
@@ -179,7 +187,8 @@ class Machine:
 
     def start(self, *args):
         env = {"PATH": f"{self.folder}/base/bin:/usr/bin:/bin", "LOG": str(self.log)}
-        command, pipe = [self.folder / "launch", *args], subprocess.PIPE
+        env |= {"PIP_USER": "1"}  # as some clusters have it
+        command, pipe = [self.launch, *args], subprocess.PIPE
         return subprocess.Popen(
             command, stdout=pipe, stderr=pipe, text=True, env=env, start_new_session=True
         )
@@ -203,7 +212,15 @@ def test_a_shell_that_says_where_it_goes(tmp_path):
     env = {"PATH": f"{tmp_path}/base/bin:/usr/bin:/bin", "LOG": str(machine.log), "CDPATH": "."}
     command = [f"{tmp_path.name}/launch", "--key=value"]
     done = subprocess.run(command, env=env, cwd=tmp_path.parent, capture_output=True, text=True)
-    assert done.stdout == f"{tmp_path}/train_gpt.py --key=value\n", done
+    assert done.stdout == f"-u {tmp_path}/train_gpt.py --key=value\n", done
+
+
+def test_a_link_to_launch_finds_the_project(tmp_path):
+    machine = Machine(tmp_path, has=[])
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/launch").symlink_to(machine.launch)
+    machine.launch = tmp_path / "bin/launch"
+    assert machine.installs() == [*NEEDS, *TESTS] and (tmp_path / ".venv/made").exists()
 
 
 @pytest.mark.parametrize("i, has", [(0, "jax>=0.9.2"), (3, "scipy>=1"), (7, "ruff>=1")])
@@ -279,6 +296,24 @@ def test_an_install_that_was_cut_short_is_done_again(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     slow.unlink()
+    assert machine.installs() == [*NEEDS, *TESTS] and machine.installs() == []
+
+
+def test_an_environment_of_too_old_a_python_is_made_anew_by_a_newer_one(tmp_path):
+    machine = Machine(tmp_path, has=[])
+    (old := tmp_path / "base/old").write_text("3.10")
+    process = machine.start()
+    said = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 2 and "needs Python 3.11 with venv and a network" in said[-1]
+    old.unlink()
+    assert machine.installs() == [*NEEDS, *TESTS] and machine.installs() == []
+
+
+def test_an_environment_whose_python_is_gone_is_made_anew(tmp_path):
+    machine = Machine(tmp_path, has=[])
+    assert machine.installs() == [*NEEDS, *TESTS]
+    (python := tmp_path / ".venv/bin/python").unlink()
+    python.symlink_to("/not/there/python3")
     assert machine.installs() == [*NEEDS, *TESTS] and machine.installs() == []
 
 

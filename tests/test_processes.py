@@ -262,6 +262,18 @@ def test_a_slurm_task_that_is_alone_on_its_node_has_all_its_gpus(tasks, gpus):
     assert done.stdout.split() == ["True", gpus], done.stdout + done.stderr[-2000:]
 
 
+def test_a_shell_in_slurms_allocation_is_no_job():
+    """One process in salloc's, which has the number of all tasks: JAX would wait for the others."""
+    job = {"SLURM_JOB_ID": port(), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "8"}
+    job |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "1"}
+    job |= {"SLURM_TASKS_PER_NODE": "8", "SLURM_STEP_NUM_TASKS": "1", "WORLD_SIZE": ""}
+    code = f"import sys; sys.path.insert(0, '{ROOT}'); import jax, sharding; "
+    code += "sharding.start_processes(); print(jax.distributed.is_initialized())"
+    command, env = [sys.executable, "-c", code], os.environ | job
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["False"], done.stdout + done.stderr[-2000:]
+
+
 def test_kaggles_tpu_host_is_no_job():
     """Its image has these variables, by which JAX would wait for a host of the name "local"."""
     kaggle = {"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_ID": "0"}

@@ -308,6 +308,20 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(finished, tmp_path,
     assert same(tmp_path, finished[0])
 
 
+def test_ctrl_c_saves_though_the_reader_of_the_output_ends_first(finished, tmp_path):
+    """As `| tee` does, which hears a terminal's Ctrl-C as well."""
+    log, command = tmp_path / "runs/a/log.txt", [PYTHON[0], "-u", *PYTHON[1:], *ARGS]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True) as p:
+        while not (log.exists() and "step:3/12" in log.read_text()):
+            assert p.poll() is None
+        p.stdout.close()
+        p.send_signal(signal.SIGINT)
+        assert p.wait(120) == 75, p.stderr.read()
+    assert "stopped after step" in log.read_text()
+    assert run(tmp_path, *ARGS).returncode == 0
+    assert same(tmp_path, finished[0])
+
+
 def test_a_run_that_is_in_training_is_left_alone(finished, tmp_path):
     """A second trainer ends with a line, and harms neither the first nor what it saves."""
     log, often = tmp_path / "runs/a/log.txt", [*ARGS, "--save_every=1"]
@@ -566,6 +580,14 @@ def test_a_run_is_done_when_its_last_state_is_saved(tmp_path, monkeypatch, save_
     assert saves == [saved] and "step:12/12 val_loss" not in log
 
 
+def test_a_file_system_that_does_not_know_its_size_is_not_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    unknown = SimpleNamespace(f_bavail=0, f_frsize=4096, f_blocks=0)
+    monkeypatch.setattr(train_gpt.os, "statvfs", lambda path: unknown)
+    train_gpt.train(train_gpt.Config(**KEYS, steps=2, run="a"))
+    assert (tmp_path / "runs/a/checkpoints/2").exists()
+
+
 FULL = """
 mount -t tmpfs -o size=$1 none . && cd "$PWD" || exit 99
 shift
@@ -580,7 +602,7 @@ exit $status
 
 
 UNSEEN = f"""import os, types
-os.statvfs = lambda path: types.SimpleNamespace(f_bavail=10**12, f_frsize=1000)
+os.statvfs = lambda path: types.SimpleNamespace(f_bavail=10**12, f_frsize=1000, f_blocks=10**12)
 {CODE}"""
 
 
