@@ -11,8 +11,7 @@ from jax import lax
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
-# Logical axis of an array -> mesh axes that split it; an axis that is not named here is whole.
-RULES = {
+RULES = {  # logical axis of an array -> mesh axes that split it; one that is not here is whole
     "rows": ("data", "fsdp"),  # of a batch
     "embed": ("fsdp",),  # ZeRO-3: gathered for use, gradients reduce-scattered (arXiv:1910.02054)
     "table": ("fsdp", "tensor"),
@@ -25,11 +24,12 @@ ways = lambda mesh, axis: int(np.prod([mesh.shape[name] for name in RULES.get(ax
 
 
 def start_processes():
-    """Joins those of a job, by torchrun's variables or what JAX knows: SLURM, MPI, TPU pods."""
+    """Joins those of a job, by torchrun's variables or what JAX knows: SLURM, TPU pods."""
     if int(env.get("WORLD_SIZE") or 1) > 1:  # has the GPU LOCAL_RANK, or all if alone on its host
         at = f"{env['MASTER_ADDR']}:{int(env['MASTER_PORT']) + 1}"  # torchrun may listen on it
-        names = ["WORLD_SIZE", "RANK"] + ["LOCAL_RANK"] * (env.get("LOCAL_WORLD_SIZE") != "1")
-        return jax.distributed.initialize(at, *(int(env[n]) for n in names if n in env))
+        names = "WORLD_SIZE", "RANK", "LOCAL_RANK" if env.get("LOCAL_WORLD_SIZE") != "1" else ""
+        ids = (env.get(name) and int(env[name]) for name in names)
+        return jax.distributed.initialize(at, *ids, cluster_detection_method="deactivate")
     with suppress(ValueError, OSError):  # none; in Kaggle and a shell of salloc's JAX would wait
         if not {("TPU_PROCESS_ADDRESSES", "local"), ("SLURM_STEP_NUM_TASKS", "1")} & env.items():
             jax.distributed.initialize()

@@ -18,9 +18,9 @@ from signal import SIG_DFL, SIGINT, SIGTERM, raise_signal, signal
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax import lax, numpy as jnp
 from tensorboard.summary import Writer
 
 import data_fineweb
@@ -151,8 +151,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
             add = lambda sums, rows: (jax.tree.map(jnp.add, sums, turn(rows)), None)
             zeros = jnp.zeros(()), {n: jnp.zeros(x.shape) for n, x in w.items()}
             rows = rows.reshape(turns(c, len(rows)), -1, rows.shape[1])
-            # Unrolled if it is one turn: XLA would make two of the loop, and of all that is in it.
-            (loss, grads), _ = jax.lax.scan(add, zeros, rows, unroll=len(rows) == 1)
+            (loss, grads), _ = lax.scan(add, zeros, rows, unroll=len(rows) == 1)  # or XLA makes two
             (grads,) = pull({n: (g / c.rows).astype(w[n].dtype) for n, g in grads.items()})
             grads = {n: sharding.summed(g, table[n].axes) for n, g in grads.items()}
             return sharding.summed(loss) / (c.rows * (rows.shape[-1] - 1)), grads
@@ -170,7 +169,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
 
     def evaluate(params, rows, view):  # -> loss per token
         loss = partial(model.loss, c=c, view=views[view], mtp=jnp.ones(1))
-        local = lambda ws, rows: sharding.summed(jax.lax.map(partial(loss, use(ws)), rows[:, None]))
+        local = lambda ws, rows: sharding.summed(lax.map(partial(loss, use(ws)), rows[:, None]))
         return by_rows(local, (parts, cut), whole)(params, rows).sum() / rows[:, 1:].size
 
     def place(path, leaf):  # by the name in the table; a dimension of 1 is not split
@@ -192,6 +191,7 @@ class Journal:  # the console, log.txt, metrics.csv and TensorBoard of a run, of
     def __init__(self, run: Path, c: Config, meta: dict):
         self.c, self.run, self.first = c, run, jax.process_index() == 0
         run = run if self.first else Path(tempfile.mkdtemp())  # where nobody looks
+        sys.modules["tensorboard.compat.notf"] = sys  # it need not import TensorFlow
         self.board = Writer(f"{run}/tensorboard")
         self.log, self.csv = (run / "log.txt").open("a"), (run / "metrics.csv").open("a")
         self.log.truncate(min(meta["log"], self.log.tell()))  # drops what came after the checkpoint
@@ -303,18 +303,18 @@ def train(c: Config, stop=lambda step: False) -> Result:
     began, like, n = time.perf_counter(), p.like["params"], sharding.ways(mesh, "rows")
     each = f"{n} devices x {c.rows // n // (k := turns(c, c.rows // n))} row x {k} accumulation"
     journal.say(f"{run}: {[s.tokens for *_, s in schedule]} tokens/step = {c.rows} rows = {each}")
-    trained = {c.stage(step) for step in range(first, c.steps)}
+    trained = {c.stage(step): step for step in reversed(range(first, c.steps))}
     validated = {c.stage(k) for k in [*range(0, c.steps, c.val_every), c.steps] if k >= first}
     jobs = {("update", odd): (p.update, p.like, like, odd) for odd in (0, 1)}
-    jobs |= {("train", i): (p.gradients, like, batch(schedule[i][0]), 0, i) for i in trained}
+    jobs |= {("train", i): (p.gradients, like, batch(at), 0, i) for i, at in trained.items()}
     jobs |= {("val", i): (p.evaluate, like, val, i) for i in validated}
     journal.say(f"attention by {p.views[0].attend.__name__}{p.why}; compiling {len(jobs)} programs")
     pool = ThreadPoolExecutor(1 if "gpu" in p.views[0].chip else None)  # XLA times kernels there
     compiled = dict(zip(jobs, pool.map(lambda f: f[0].lower(*f[1:]).compile(), jobs.values())))
     ocp.multihost.get_barrier_sync_fn()(key="all have compiled", timeout_ms=3600_000)  # Gloo: 30 s
     journal.say(f"compiled in {time.perf_counter() - began:.1f} s")
-    for i in trained:  # a first call takes longer
-        _, *grads = compiled["train", i](state["params"], batch(schedule[i][0]), 0)
+    for i, at in trained.items():  # a first call takes longer
+        _, *grads = jax.block_until_ready(compiled["train", i](state["params"], batch(at), 0))
         jax.block_until_ready(compiled["update", i % 2](jax.tree.map(jnp.copy, state), grads.pop()))
 
     def note(step, loss, norm):  # waits for the device

@@ -130,8 +130,8 @@ def two(killed):
     [
         ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, (2, 1, 1)),
         ({"LOCAL_RANK": "1"}, (2, 1, 1)),  # as launch starts them
-        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, (2, 1)),
-        ({}, (2, 1)),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, (2, 1, None)),
+        ({}, (2, 1, None)),
     ],
 )
 def test_a_process_that_is_alone_on_its_host_takes_all_gpus(monkeypatch, ranks, ids):
@@ -139,8 +139,27 @@ def test_a_process_that_is_alone_on_its_host_takes_all_gpus(monkeypatch, ranks, 
     world = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"} | ranks
     for name, value in world.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: args)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **more: args)
     assert sharding.start_processes() == ("a:2", *ids)
+
+
+def test_so_it_does_if_slurm_has_started_torchrun():
+    """Of which JAX would learn that a task has the one GPU of its number."""
+    job = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    job |= {"SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_TASKS_PER_NODE": "1(x2)"}
+    job |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+    job |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    code = f"import sys; sys.path.insert(0, '{ROOT}'); import jax, sharding; "
+    code += "sharding.start_processes(); print(jax.process_count(), "
+    code += "jax._src.xla_bridge.CUDA_VISIBLE_DEVICES.value)"
+    start = lambda n: subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | job | {"RANK": n, "SLURM_PROCID": n},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    both = [start("0"), start("1")]
+    assert [process.communicate(timeout=120)[0] for process in both] == ["2 all\n"] * 2
 
 
 def saved_in_all(folder, status, said):

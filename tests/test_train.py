@@ -61,6 +61,14 @@ def test_64_bits_of_the_environment_change_nothing(finished, tmp_path, monkeypat
     assert same(finished[0], tmp_path)
 
 
+def test_tensorflow_is_left_alone_where_it_is_installed(tmp_path, monkeypatch):
+    """As on Kaggle: TensorBoard would import it, while JAX has the device."""
+    (tmp_path / "tensorflow.py").write_text("raise RuntimeError('it could have been broken')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = run(tmp_path, *TINY, "--steps=1", "--run=a")
+    assert done.returncode == 0 and list((tmp_path / "runs/a/tensorboard").iterdir()), done.stderr
+
+
 def test_in_python_and_nothing_is_compiled_while_it_trains(tmp_path, monkeypatch):
     """After the first step, and what the first save needs; over all stages, to the last step."""
     monkeypatch.chdir(tmp_path)
