@@ -80,9 +80,8 @@ def encode(text: bytes, vocab: int) -> np.ndarray:
 
 def plan(corpus: Corpus, steps) -> list:
     """For steps of (row tokens, max_doc, rows): of each a function, slice -> those of its rows."""
-    # Documents, cut at max_doc, till the row is full; a shard's tail is dropped, as in the record.
     batch = lambda t, rows, cut: np.stack([np.concatenate([t[i] for i in r]) for r in rows[cut]])
-    planned = []
+    planned = []  # documents, cut at max_doc, till a row is full; a shard's tail is dropped
     for tokens in map(corpus.read, corpus.train):
         packed, n = [[]], 0  # a step's rows, lists of slices; tokens in the last of them
         for start, end in pairwise([*np.flatnonzero(tokens == corpus.bos).tolist(), len(tokens)]):

@@ -75,8 +75,8 @@ def gathered(w, axes, dtype):
 
 
 def summed(g, axes=()):
-    """A gradient, or a loss, of this device's rows summed over all rows."""
-    return lax.psum(g, [n for n in ROWS if all(n not in RULES.get(axis, ()) for axis in axes)])
+    """A gradient or loss of a device's rows summed over all; XLA fails at axes of 1 by `tensor`."""
+    return lax.psum(g, [n for n in ROWS if n not in str(part(axes)) and lax.axis_size(n) > 1])
 
 
 def lookup(table, ids_BT, dtype, tpu: bool):

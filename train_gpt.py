@@ -278,6 +278,8 @@ def train(c: Config, stop=lambda step: False) -> Result:
     fresh = f"{c.run}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}".strip("-")
     name = np.frombuffer(f"{c.run if c.run and c.resume else fresh:240}".encode(), np.uint8)
     run = Path("runs", bytes(ocp.multihost.broadcast_one_to_all(name)).decode().strip())
+    if "[" in f"{run.absolute()}":  # orbax takes it for a pattern, and finds no checkpoint again
+        raise InputError(f"{run.absolute()}: checkpoints need a path without a bracket")
     (was, log), now, schedule = configured(run), vars(c), c.schedule()
     differ = [f"{k} was {was.get(k)}" for k in now if k not in FREE and was.get(k) != now[k]]
     if was and differ:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from contextlib import suppress
 from math import atan2, exp, lgamma, pi, sqrt
 from pathlib import Path
 
@@ -121,7 +122,9 @@ def main(argv: list[str]):
         print(f"record: {run}, of seeds {first} to {first + n - 1}", flush=True)
         args = [f"--{key}={value}" for key, value in keys.items() if key != "seed"]
         if status := train([*args, f"--seed={seed}", f"--run={run.name}"]):
-            sys.exit(print(f"record: {run} ended with status {status}", file=sys.stderr) or status)
+            with suppress(BrokenPipeError):  # `| tee` hears Ctrl-C as well, and ends first
+                os.write(2, f"record: {run} ended with status {status}\n".encode())
+            sys.exit(status)
     if next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0":
         write(name, argv, [read(*run) for run in runs.items()], c.target)  # the runs' may be others
 

@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -212,3 +214,23 @@ def test_the_file_holds_no_output_no_magic_and_no_path_but_kaggles():
             compile(source, cell["id"], "exec")  # it is Python alone
     paths = re.findall(r"[\s\"'`](/\w[\w/]+)", "\n".join(sources))
     assert set(paths) == {"/kaggle/working", "/kaggle/input"}
+
+
+def test_an_interrupted_cell_lets_the_training_save(tmp_path):
+    """A second interrupt, while it saves, kills it, or it would keep the TPU."""
+    cells, scope = settled(tmp_path)
+    (run,) = [line for line in cells["code"].split("\n\n\n") if line.startswith("def run(")]
+    hears = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: {})\n"
+    hears += "print('begun', flush=True)\ntime.sleep(600)"
+    code = f"import subprocess, sys\nWORK = {str(tmp_path)!r}\n{run}\n"
+    for does, interrupts, says in (("sys.exit(print('saved'))", 1, "saved"), ("0", 2, "")):
+        cell = [sys.executable, "-c", f"{code}run(sys.executable, '-c', {hears.format(does)!r})"]
+        with subprocess.Popen(cell, stdout=-1, stderr=-1, text=True) as process:
+            assert process.stdout.readline() == "begun\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline().startswith("ends; a training saves")
+            if interrupts == 2:
+                time.sleep(0.5)
+                process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        assert out.strip() == says and err.strip().endswith("KeyboardInterrupt"), err

@@ -55,7 +55,8 @@ def test_the_steps_cross_the_stages_and_the_untying(one):
 
 
 @pytest.mark.parametrize(
-    "mesh, device_rows", [("fsdp:1", 1), ("fsdp:1", 2), *((mesh, 1) for mesh in MESHES)]
+    "mesh, device_rows",
+    [("fsdp:1", 1), ("fsdp:1", 2), ("tensor:2", 8), *((mesh, 1) for mesh in MESHES)],
 )
 def test_20_steps_have_the_losses_of_one_device(one, mesh, device_rows):
     found = losses(mesh, device_rows)

@@ -560,6 +560,17 @@ def test_the_sample_holds_nothing_open_that_the_training_had(tmp_path):
     assert done.stdout.endswith("\nopen: []\n"), done.stdout + done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("folder, name", [("project [2026]", "a"), ("project", "lr[0.1]")])
+def test_a_path_of_which_no_checkpoint_would_be_read_again_is_refused(tmp_path, folder, name):
+    (tmp_path / folder).mkdir()
+    done = run(tmp_path / folder, *TINY, "--steps=2", f"--run={name}")
+    assert done.returncode == 2 and not (tmp_path / folder / "runs").exists()
+    assert (
+        done.stderr
+        == f"{tmp_path / folder}/runs/{name}: checkpoints need a path without a bracket\n"
+    )
+
+
 def test_a_run_that_cannot_be_written(tmp_path):
     (tmp_path / "runs").write_text("a file where a directory should be")
     done = run(tmp_path, *TINY, "--steps=2", "--run=a")
