@@ -272,7 +272,7 @@ lse.defvjp(lse_and_grads, lambda _, __, gs, t: (*((t * g).astype(g.dtype) for g 
 
 def loss(w, rows, c, view, mtp, fp8=False):
     """Cross entropy of the next tokens by weights mtp (record 53), summed over rows (B, T + 1)."""
-    tokens, T = rows.astype(jnp.int32), rows.shape[1] - 1  # also of the next document (record 77)
+    tokens, T = rows.astype(jnp.int32), rows.shape[1] - 1  # targets cross documents (record 77)
     x, head = features(w, tokens[:, :-1], c, view), w["head"].astype(jnp.float32)
     m = [weight * (jnp.arange(T) < T - k)[:, None] for k, weight in enumerate(mtp)]
     total = lse(x, head, jnp.broadcast_to(sum(m), (*x.shape[:2], 1)), fp8, view.chip)

@@ -101,9 +101,8 @@ def measure(c, stage: int = 0, profile: str = "") -> dict:
             jax.profiler.start_trace(f"{profile}/stage{stage}-device_rows{c.device_rows}")
         began = time.perf_counter()
         with jax.profiler.StepTraceAnnotation("train", step_num=i):
-            _, *grads = gradients(
-                state["params"], rows, first
-            )  # as in training, no name keeps them
+            _, *grads = gradients(state["params"], rows, first)
+            # As in training, no name keeps the gradients.
             state, _ = jax.block_until_ready(updates[i % 2](state, grads.pop()))
         times.append(time.perf_counter() - began)
     if profile:

@@ -7,13 +7,14 @@ LEGEND = ("train", "steelblue"), ("validation (dots)", "firebrick"), ("target (d
 
 
 def read(csv: str) -> dict:
-    """The curves of a metrics.csv: name -> [(step, value), ...]; what is not finite is left out."""
+    """The curves of a metrics.csv: name -> [(step, value), ...]; what is not finite is left out.
+    Empty if no step is behind it."""
     found = {}
     for row in csv.splitlines()[1:]:
         step, _, name, value = row.split(",")
         if isfinite(float(value)):
             found.setdefault(name, []).append((int(step), float(value)))
-    return found
+    return found if "train_loss" in found else {}
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -156,7 +156,7 @@ def stage(i: int, rows: int, keys: dict):  # the same step again and again
 
 
 def read(kind: str) -> tuple[list, dict]:  # milliseconds at each step, curves of such a run
-    csv = next(Path("runs").glob(f"{kind}-*")).joinpath("metrics.csv").read_text()
+    csv = "".join(path.read_text() for path in Path("runs").glob(f"{kind}-*/metrics.csv"))
     lines = [line.split(",") for line in csv.splitlines()]
     return [int(ms) for _, ms, name, _ in lines if name == "train_loss"], curves.read(csv)
 
@@ -190,8 +190,7 @@ def training(kind: str, keys: dict):  # to its end, or to the time's; then speed
     val = lambda curve: dict(curve["val_loss"]).get(c.steps, np.nan)
     result = f"train {mean(seen):.4f} (of the last 10), validation {val(seen):.4f}"
     say(f"  losses after {len(at)} steps", "", result)
-    if kind != "speedrun" and any(Path("runs").glob("speedrun-*/metrics.csv")):
-        base = read("speedrun")[1]
+    if kind != "speedrun" and (base := read("speedrun")[1]):
         result = f"train {mean(seen) - mean(base):+.4f}, validation {val(seen) - val(base):+.4f}"
         apart = [abs(a - b) for (_, a), (_, b) in zip(seen["train_loss"], base["train_loss"])]
         say("  less the first run's", "", f"{result}; steps part by {max(apart):.4f} at most")
@@ -250,8 +249,7 @@ def main(argv: list[str]) -> int:
         del os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"]
         done |= {name: run(name) for name in names if name not in first}
         found = {p.parent.name: curves.read(p.read_text()) for p in out.glob("runs/*/metrics.csv")}
-        found = {name: seen for name, seen in found.items() if seen.get("train_loss")}
-        if found:
+        if found := {name: seen for name, seen in found.items() if seen}:
             picture = curves.picture([*found.values()], None, [*found])
             (out / "curves.svg").write_text(picture)
     failed = [name for name, passed in done.items() if passed is False]

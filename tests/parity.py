@@ -325,9 +325,7 @@ def full_size(report=print) -> float:
 
 def main(argv) -> int:
     if not argv:
-        raise sharding.InputError(
-            "parity: compare with what? A folder like tests/data/A; see --help"
-        )
+        raise sharding.InputError("parity: of which folder, like tests/data/A? See --help")
     jax.config.update("jax_platforms", "cpu")
     if argv[0] == "--loader":
         wrong = loader(argv[1], argv[2:])

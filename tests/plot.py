@@ -19,10 +19,9 @@ def read(run: str) -> dict:
     if not path.exists():
         raise InputError(f"{run}: no such run; there are: {', '.join(tool.runs()) or 'none yet'}")
     try:
-        found = curves.read(path.read_text())
+        return curves.read(path.read_text())
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}") from error
-    return found if found.get("train_loss") else {}
 
 
 def main(argv: list[str]):

@@ -90,6 +90,18 @@ def rank(pid: str) -> str:
     return found[1] if found and python else ""
 
 
+def started(prints: str, *environments: dict, first: str = "") -> list[list[str]]:
+    """What processes of such environments print, word by word, when each has tried to join."""
+    code = f"import sys; sys.path.insert(0, '{ROOT}'); import jax, sharding; {first}"
+    code += f"sharding.start_processes(); print({prints})"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", code]
+    all_ = [subprocess.Popen(command, env=os.environ | env, **pipes) for env in environments]
+    said = [process.communicate(timeout=120) for process in all_]
+    assert [process.returncode for process in all_] == [0] * len(all_), said
+    return [out.split() for out, _ in said]
+
+
 def port() -> str:
     with socket.create_server(("", 0)) as server:
         return str(server.getsockname()[1])
@@ -149,17 +161,9 @@ def test_so_it_does_if_slurm_has_started_torchrun():
     job |= {"SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_TASKS_PER_NODE": "1(x2)"}
     job |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
     job |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    code = f"import sys; sys.path.insert(0, '{ROOT}'); import jax, sharding; "
-    code += "sharding.start_processes(); print(jax.process_count(), "
-    code += "jax._src.xla_bridge.CUDA_VISIBLE_DEVICES.value)"
-    start = lambda n: subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=os.environ | job | {"RANK": n, "SLURM_PROCID": n},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    both = [start("0"), start("1")]
-    assert [process.communicate(timeout=120)[0] for process in both] == ["2 all\n"] * 2
+    prints = "jax.process_count(), jax._src.xla_bridge.CUDA_VISIBLE_DEVICES.value"
+    said = started(prints, *(job | {"RANK": n, "SLURM_PROCID": n} for n in "01"))
+    assert said == [["2", "all"]] * 2
 
 
 def saved_in_all(folder, status, said):
@@ -273,12 +277,8 @@ def test_a_slurm_task_that_is_alone_on_its_node_has_all_its_gpus(tasks, gpus):
     job = {"SLURM_JOB_ID": port(), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "1"}
     job |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "1"}
     job |= {"SLURM_TASKS_PER_NODE": tasks}
-    code = f"import sys; sys.path.insert(0, '{ROOT}'); import jax, sharding; "
-    code += "sharding.start_processes(); print(jax.distributed.is_initialized(), "
-    code += "jax._src.xla_bridge.CUDA_VISIBLE_DEVICES.value)"
-    command, env = [sys.executable, "-c", code], os.environ | job
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.stdout.split() == ["True", gpus], done.stdout + done.stderr[-2000:]
+    prints = "jax.distributed.is_initialized(), jax._src.xla_bridge.CUDA_VISIBLE_DEVICES.value"
+    assert started(prints, job) == [["True", gpus]]
 
 
 def test_a_shell_in_slurms_allocation_is_no_job():
@@ -286,24 +286,16 @@ def test_a_shell_in_slurms_allocation_is_no_job():
     job = {"SLURM_JOB_ID": port(), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "8"}
     job |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "1"}
     job |= {"SLURM_TASKS_PER_NODE": "8", "SLURM_STEP_NUM_TASKS": "1", "WORLD_SIZE": ""}
-    code = f"import sys; sys.path.insert(0, '{ROOT}'); import jax, sharding; "
-    code += "sharding.start_processes(); print(jax.distributed.is_initialized())"
-    command, env = [sys.executable, "-c", code], os.environ | job
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["False"], done.stdout + done.stderr[-2000:]
+    assert started("jax.distributed.is_initialized()", job) == [["False"]]
 
 
 def test_kaggles_tpu_host_is_no_job():
     """Its image has these variables, by which JAX would wait for a host of the name "local"."""
     kaggle = {"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_ID": "0"}
-    code = f"import sys; sys.path.insert(0, '{ROOT}'); import jax, sharding; "
-    code += "from jax._src.clusters import cloud_tpu_cluster as tpu; "
-    code += "tpu.running_in_cloud_tpu_vm, tpu.get_metadata = True, lambda key: ('', 404); "
-    code += "assert tpu.GkeTpuCluster.is_env_present(), 'JAX knows it by other means'; "
-    code += "sharding.start_processes(); print(jax.distributed.is_initialized())"
-    command, env = [sys.executable, "-c", code], os.environ | kaggle
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["False"], done.stdout + done.stderr[-2000:]
+    first = "from jax._src.clusters import cloud_tpu_cluster as tpu; "
+    first += "tpu.running_in_cloud_tpu_vm, tpu.get_metadata = True, lambda key: ('', 404); "
+    first += "assert tpu.GkeTpuCluster.is_env_present(), 'JAX knows it by other means'; "
+    assert started("jax.distributed.is_initialized()", kaggle, first=first) == [["False"]]
 
 
 def test_a_part_that_one_cannot_read_ends_all(two, tmp_path, monkeypatch):

@@ -565,10 +565,8 @@ def test_a_path_of_which_no_checkpoint_would_be_read_again_is_refused(tmp_path, 
     (tmp_path / folder).mkdir()
     done = run(tmp_path / folder, *TINY, "--steps=2", f"--run={name}")
     assert done.returncode == 2 and not (tmp_path / folder / "runs").exists()
-    assert (
-        done.stderr
-        == f"{tmp_path / folder}/runs/{name}: checkpoints need a path without a bracket\n"
-    )
+    run_dir = tmp_path / folder / "runs" / name
+    assert done.stderr == f"{run_dir}: checkpoints need a path without a bracket\n"
 
 
 def test_a_run_that_cannot_be_written(tmp_path):
