@@ -55,7 +55,7 @@ def open_corpus(data: str, vocab: int, bos: int, cache: Path = Path("data")) -> 
 
 def tokenize(data: str, files: dict, vocab: int, bos: int) -> tuple:
     """([training tokens], validation tokens) of texts, name -> path: held out by a hash of the name
-    or, if so it is under 1% or over 30%, a tenth of each; training documents of 1024 are mixed."""
+    or, where that is under 1% or over 30%, a tenth of each; training documents of 1024, mixed."""
     docs = {n.encode(errors="namereplace"): encode(p.read_bytes(), vocab) for n, p in files.items()}
     train, held_out, start = {}, {}, np.array([bos], np.uint16)
     out = {n for n in docs if zlib.crc32(n) % 20 == 0}

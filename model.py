@@ -15,7 +15,7 @@ from jax.nn.initializers import constant, normal
 import sharding
 
 G = 12  # gates read the first dims of the stream (record 28)
-# A weight; lr and wd: factors of learning rate and decay, betas: Adam's (none: Muon updates it).
+# A weight; lr and wd: factors of learning rate and decay, betas: Adam's (none: Muon's, matrices).
 Param = namedtuple("Param", "shape axes init lr wd betas bits", defaults=(1, (), 23))  # mantissa
 rounded = lambda x, row: lax.reduce_precision(x, 8, row.bits)  # 7: as bf16, which the record keeps
 # Of a stage: windows in tokens back, rotary frequencies, scale of logits; attention and device.
@@ -84,9 +84,9 @@ laid = lambda x, tpu: lax.optimization_barrier(x) @ np.eye(x.shape[-1], dtype=x.
 
 
 def rotary(x, theta, odd, view):
-    """Turns the halves of heads (B, H, T, K) by theta (P, T, K/2), the odd ones by the last."""
+    """Heads (B, H, T, K), their halves turned by theta[0] (T, K/2), where odd (H,) by theta[-1]."""
     half, eye = x.shape[-1] // 2, np.eye(x.shape[-1], dtype=x.dtype)
-    other = x @ np.roll(eye, half, 0) if "tpu" in view.chip else jnp.roll(x, half, -1)  # as lookup
+    other = x @ np.roll(eye, half, 0) if "tpu" in view.chip else jnp.roll(x, half, -1)  # see lookup
     cos, sin = jnp.tile(jnp.cos(theta), 2), jnp.concatenate([jnp.sin(theta), -jnp.sin(theta)], -1)
     cos, sin = (jnp.where(odd[:, None, None], t[-1], t[0]).astype(x.dtype) for t in (cos, sin))
     return mix((cos, x), (sin, other))  # whose factors are bf16 in the record, too
@@ -103,7 +103,7 @@ def attend(q, k, v, doc, window: int, P: int):
     P heads are one of P T tokens: its token t P + p is token t of the p-th."""
     (B, _, T, K), N = q.shape, P * q.shape[2]
     block = math.gcd(N, 1 << max(5, min(9, (window // 2).bit_length())))
-    back = -(-window // block)
+    back = min(-(-window // block), N // block - 1)
     span = (back + 1) * block  # what a block of queries sees: memory grows with N x window
 
     def band(x, fill=0):  # (B, N, ...) -> (B, N / block, span, ...)
@@ -184,18 +184,18 @@ def trusted(fast, K: int, dtype):
     return error < 0.02, f", {fast.__name__} is off by {error:.4f}"
 
 
-def attention(x, size, w, kind: str, view, doc):
-    """Attention of the stream x (B, T, D), size its root (B, T, 1), w a layer's weights and ve."""
+def attention(x, r, w, kind: str, view, doc):
+    """Attention of the stream x (B, T, D), r its rrms (B, T, 1), w a layer's weights and ve."""
     (B, T, D), K, P = x.shape, 2 * len(view.freqs), 1 + ("p" in kind)
     qkv = (w["qkv_scale"] * w["qkv"]).astype(x.dtype).reshape(3, -1, K, D)
     heads = partial(jnp.einsum, "btd,...hkd->...bhtk", x)  # T, K: a TPU's tiles
     q, k, v = heads(qkv) if "gpu" in view.chip else map(heads, qkv)  # a TPU would copy, 12% more
     gate = lambda y, n: lax.logistic(jnp.einsum("btg,hg->bht", y, w[n]))[..., None]  # float32
-    y, v = mix((size, x[..., :G])), [(size[:, None], v)]
+    y, v = mix((r, x[..., :G])), [(r[:, None], v)]  # of norm(x), as norm(x) @ w is r * (x @ w)
     if "v" in kind:
         both = jnp.concatenate([y[..., : G // 2], w["ve"][..., : G // 2]], -1)
-        open = gate(y if P == 2 else both, "value_gate")
-        v += [(2 * open, w["ve"].reshape(B, T, -1, K).swapaxes(1, 2))]
+        share = 2 * gate(y if P == 2 else both, "value_gate")
+        v += [(share, w["ve"].reshape(B, T, -1, K).swapaxes(1, 2))]
     theta = (P * jnp.arange(T)[:, None] + jnp.arange(P)[:, None, None]) * view.freqs
     # In pairs the record turns odd heads one further; its pairs are h and h + H/2, ours neighbours.
     odd = np.arange(q.shape[1]).reshape(P, -1).T.ravel() % P if P == 2 else np.zeros(1)
@@ -232,7 +232,7 @@ def features(w, tokens_BT, c, view):
             y = kept.get("b", x)
             y = remat(partial(attention, kind=kind, view=view, doc=doc))(y, rrms(y), layer)
             inject = [(w["x0_inject"][i], x0), (w["bigram_inject"][i], bigram)]
-            x = mix((w["resid"][i, 0], x), (1, y), *inject[: 2 if i else 1])
+            x = mix((w["resid"][i, 0], x), (1, y), *inject[: 2 if i else 1])  # bigram 0 is above
         h = jnp.square(jax.nn.relu(mix((rrms(x), x @ layer["up"].T))))  # ReLU^2, arXiv:2109.08668
         x = mix((w["resid"][i, 1], x), (1, h @ (w["post"][i, 1] * layer["down"]).astype(h.dtype)))
         kept |= dict.fromkeys(kind, x)
@@ -241,7 +241,7 @@ def features(w, tokens_BT, c, view):
 
 
 # The logits are 23 sigmoid((x + 5) / 7.5) (records 18, 54) = 11.5 + 11.5 cap(x).
-cap = lambda x, b=0: jnp.tanh((x.astype(jnp.float32) + 5 - 15 * b) / 15 + b)  # for any b
+cap = lambda x, b=0: jnp.tanh((x.astype(jnp.float32) + 5 - 15 * b) / 15 + b)  # b cancels
 e4m3 = lambda x: x.clip(-448, 448).astype(jnp.float8_e4m3fn)  # record 19; what is larger is NaN
 
 
@@ -255,7 +255,7 @@ def lse_and_grads(x, head, m, fp8, chip):
         (total, dhead), (x, m) = sums, args  # x (B, n, D), m (B, n, 1)
         y, over = (mm(e4m3(4 * x), e4m3(256 * w)), 1024) if fp8 else (mm(x, w), 1)
         denom = jnp.exp(11.5 * cap(y / over, "gpu" in chip and 1 / 3)).sum(-1, keepdims=True)
-        z = cap(y / over)  # another text than above, or a GPU would store it in float32
+        z = cap(y / over)  # unlike the one above, or a GPU would make one for both, float32
         g, by = (jnp.exp(11.5 * z) * (1 - z * z)).astype(x.dtype), m * 11.5 / 15 / denom
         g, xs = lax.optimization_barrier((g, (by * x).astype(x.dtype)))  # g in denom's pass
         dhead += jnp.einsum("bnv,bnd->vd", g, xs, preferred_element_type=jnp.float32)

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 RULES = {  # logical axis of an array -> mesh axes that split it; one that is not here is whole
     "rows": ("data", "fsdp"),  # of a batch
     "embed": ("fsdp",),  # ZeRO-3: gathered for use, gradients reduce-scattered (arXiv:1910.02054)
-    "table": ("fsdp", "tensor"),
+    "table": ("fsdp", "tensor"),  # not gathered: a device has its own columns, see lookup
     "matrices": ("fsdp", "tensor", "data"),  # Muon: each device orthogonalises its own
 } | dict.fromkeys(["vocab", "heads", "ffn"], ("tensor",))  # Megatron (arXiv:1909.08053)
 ROWS = RULES["rows"]
@@ -24,13 +24,13 @@ ways = lambda mesh, axis: int(np.prod([mesh.shape[name] for name in RULES.get(ax
 
 
 def start_processes():
-    """Joins those of a job, by torchrun's variables or what JAX knows: SLURM, TPU pods."""
+    """Joins the processes of a job, by torchrun's variables or what JAX knows: SLURM, TPU pods."""
     if int(env.get("WORLD_SIZE") or 1) > 1:  # has the GPU LOCAL_RANK, or all if alone on its host
         at = f"{env['MASTER_ADDR']}:{int(env['MASTER_PORT']) + 1}"  # torchrun may listen on it
         names = "WORLD_SIZE", "RANK", "LOCAL_RANK" if env.get("LOCAL_WORLD_SIZE") != "1" else ""
         ids = (env.get(name) and int(env[name]) for name in names)
         return jax.distributed.initialize(at, *ids, cluster_detection_method="deactivate")
-    with suppress(ValueError, OSError):  # none; in Kaggle and a shell of salloc's JAX would wait
+    with suppress(ValueError, OSError):  # no job; in Kaggle or a shell of salloc JAX would wait
         if not {("TPU_PROCESS_ADDRESSES", "local"), ("SLURM_STEP_NUM_TASKS", "1")} & env.items():
             jax.distributed.initialize()
         if env.get("SLURM_TASKS_PER_NODE", "").partition("(")[0] == "1":  # JAX takes one GPU
@@ -67,7 +67,7 @@ def by_rows(mesh: Mesh, f, ins, out):
 
 
 def gathered(w, axes, dtype):
-    """A weight for use: in dtype, whole but for `tensor`: ours here, too, or XLA gathers it."""
+    """A weight for use, in dtype, whole but for `tensor`: manual here, too, or XLA gathers it."""
     f = lambda w: lax.all_gather(w, "fsdp", axis=axes.index("embed"), tiled=True)
     at, own = part(axes, ["tensor"]), {"tensor"} - {*jax.sharding.get_abstract_mesh().manual_axes}
     f = jax.shard_map(f, in_specs=at, out_specs=at, axis_names=own, check_vma=False) if own else f
@@ -75,7 +75,7 @@ def gathered(w, axes, dtype):
 
 
 def summed(g, axes=()):
-    """A gradient or loss of a device's rows summed over all; XLA fails at axes of 1 by `tensor`."""
+    """A gradient or loss summed over ROWS that do not split it; XLA fails at size 1 by `tensor`."""
     return lax.psum(g, [n for n in ROWS if n not in str(part(axes)) and lax.axis_size(n) > 1])
 
 

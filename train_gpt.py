@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from signal import SIG_DFL, SIGINT, SIGTERM, raise_signal, signal
+from signal import SIG_DFL, SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, raise_signal, signal
 from types import SimpleNamespace
 
 import jax
@@ -31,14 +31,14 @@ from sharding import InputError
 
 HERE = Path(__file__).parent
 SOURCES = ("launch", "train_gpt.py", "model.py", "muon.py", "data_fineweb.py", "sharding.py")
+CODE = "".join((HERE / name).read_text() for name in SOURCES)  # what runs, whatever is edited then
 COMMANDS = "train", "test", "sample", "eval", "record", "plot", "plan", "bench"  # tests/*.py
 # Keys that cannot change the result: a run may go on with other values of them.
 FREE = {*"mesh device_rows val_every save_every keep run resume device cpu_devices target".split()}
 HINTS = {  # what errors of libraries say -> what to do
-    "No space left": "disk full, make room, and the same --run goes on:",
+    "No space left|quota exceeded": "disk full, make room, and the same --run goes on:",
     "RESOURCE_EXHAUSTED": "out of device memory: try --device_rows=N, N smaller, or more --rows:",
     "initialize backend": "no such device for JAX:",
-    "RPC server": "no way to join the job, as its port is taken:",
 }
 Result = namedtuple("Result", "val_loss train_time run_dir")  # nats, seconds, Path
 # End (part of all steps), tokens a step, longest document, windows, factor of rates; MTP, from, to.
@@ -66,7 +66,7 @@ SMOKE = """data=stdlib device=cpu float32=true steps=420 val_every=420 device_ro
 stages=smoke layers=pvs,k,b,lv heads=2 vocab=264 bos=256 bigram_rows=4096 muon_lr=0.08
 adam_lr=0.015 val_tokens=131072 val_row_tokens=8192 val_long=192"""
 PRESETS = {"speedrun": "", "smoke": SMOKE}
-# Turns that a device takes for its n rows, device_rows at once.
+# Turns that a device takes for its n rows, at most device_rows at once (0 rows: one).
 turns = lambda c, n: next(k for k in range(1, n + 2) if n % k == 0 and n // k <= c.device_rows)
 
 
@@ -78,8 +78,8 @@ class Config(SimpleNamespace):
         values = like | words(PRESETS[preset]) | {choose("key", n, like): keys[n] for n in keys}
         super().__init__(**{name: typed(name, values[name], like[name]) for name in like})
         stages = STAGES[choose("stages", self.stages, STAGES)]
-        odd = [self.heads % 2, self.width % (4 * self.heads), self.bos >= min(self.vocab, 2**16)]
-        if any(odd + [stage.tokens % self.rows for stage in stages]):
+        wrong = [self.heads % 2, self.width % (4 * self.heads), self.bos >= min(self.vocab, 2**16)]
+        if any(wrong + [self.width < model.G] + [stage.tokens % self.rows for stage in stages]):
             raise InputError("need even --heads, --width = 4 n heads, --bos < --vocab, --rows 2**n")
 
     def schedule(self) -> list[tuple[int, int, Stage]]:  # (first step, end, stage) of each
@@ -94,7 +94,7 @@ def choose(what: str, name: str, table):
     if name in table:
         return name
     near = difflib.get_close_matches(str(name), table, 1, 0)[0]
-    raise InputError(f"unknown {what} '{name}': did you mean '{near}'? (--help: --key=value)")
+    raise InputError(f"unknown {what} '{name}': did you mean '{near}'? (see --help)")
 
 
 def typed(name: str, value, like: str):  # `value`, perhaps text, of the kind that `like` is
@@ -122,21 +122,18 @@ def program(c: Config, mesh) -> SimpleNamespace:
     yarns = [model.yarn(K, [s.long for s in stages[: i + 1]]) for i in range(len(stages))]
     views = [model.View(s.short, s.long, *yarn, attend, chip) for s, yarn in zip(stages, yarns)]
     views.append(views[-1]._replace(long=c.val_long))  # behind the last step
-    scheduled, untie = max(e for _, e, s in schedule if s.lr > FLOOR), schedule[1][1] | 1  # odd
-    steps = np.arange(c.steps)
-    fall = np.interp(steps, [int(scheduled * (1 - c.lr_fall)), scheduled], [0, 1])
+    fallen, untie = max(e for _, e, s in schedule if s.lr > FLOOR), schedule[:2][-1][1] | 1  # odd
+    steps, rise, back = np.arange(c.steps), max(c.momentum_rise, 1e-9), max(c.momentum_fall, 1e-9)
+    fall = np.interp(steps, [int(fallen * (1 - c.lr_fall)), fallen], [0, 1])
     factor = np.array([stages[c.stage(i)].lr for i in steps]) * (1 - fall) + FLOOR * fall
-    up = np.minimum(steps / (c.momentum_rise + 1e-9), (c.steps - steps) / c.momentum_fall) / c.steps
+    up = np.minimum(steps / rise, (c.steps - steps) / back) / c.steps
     at_step = lambda values: lambda step: jnp.asarray(values, jnp.float32)[step]
     some = lambda adam: {n: row for n, row in table.items() if bool(row.betas) == adam}
     rules = {"adam": muon.adam(some(True), at_step(c.adam_lr * factor))}
     rates = at_step(c.muon_lr * factor), at_step(0.85 + 0.1 * np.clip(up, 0, 1))
     rules["muon"] = muon.normuon(some(False), *rates, dtype, partial(sharding.spread, mesh))
-
-    def init(seed):
-        params, step = model.init(table, jax.random.key(seed)), jnp.zeros((), jnp.int32)
-        return {"params": params, "step": step} | {n: r.init(params) for n, r in rules.items()}
-
+    fresh = lambda params: {"params": params} | {n: rule.init(params) for n, rule in rules.items()}
+    init = lambda seed: {"step": np.int32(0)} | fresh(model.init(table, jax.random.key(seed)))
     parts = {n: sharding.part(row.axes) for n, row in table.items()}
     cut, whole, by_rows = sharding.part(["rows"]), sharding.part(), partial(sharding.by_rows, mesh)
     use = lambda ws: {n: sharding.gathered(w, table[n].axes, dtype) for n, w in ws.items()}
@@ -151,7 +148,7 @@ def program(c: Config, mesh) -> SimpleNamespace:
             add = lambda sums, rows: (jax.tree.map(jnp.add, sums, turn(rows)), None)
             zeros = jnp.zeros(()), {n: jnp.zeros(x.shape) for n, x in w.items()}
             rows = rows.reshape(turns(c, len(rows)), -1, rows.shape[1])
-            (loss, grads), _ = lax.scan(add, zeros, rows, unroll=len(rows) == 1)  # or XLA makes two
+            (loss, grads), _ = lax.scan(add, zeros, rows, unroll=len(rows) == 1)  # or XLA copies it
             (grads,) = pull({n: (g / c.rows).astype(w[n].dtype) for n, g in grads.items()})
             grads = {n: sharding.summed(g, table[n].axes) for n, g in grads.items()}
             return sharding.summed(loss) / (c.rows * (rows.shape[-1] - 1)), grads
@@ -167,8 +164,8 @@ def program(c: Config, mesh) -> SimpleNamespace:
             params = params | {n: model.rounded(params[n] + x, table[n]) for n, x in moves.items()}
         return new | {"params": params}, jnp.sqrt(sum((g * g).sum() for g in grads.values()))
 
-    def evaluate(params, rows, view):  # -> loss per token
-        loss = partial(model.loss, c=c, view=views[view], mtp=jnp.ones(1))
+    def evaluate(params, rows, stage):  # -> loss per token
+        loss = partial(model.loss, c=c, view=views[stage], mtp=jnp.ones(1))
         local = lambda ws, rows: sharding.summed(lax.map(partial(loss, use(ws)), rows[:, None]))
         return by_rows(local, (parts, cut), whole)(params, rows).sum() / rows[:, 1:].size
 
@@ -180,31 +177,31 @@ def program(c: Config, mesh) -> SimpleNamespace:
     like = jax.tree_util.tree_map_with_path(place, jax.eval_shape(init, 0))
     at = jax.tree.map(lambda leaf: leaf.sharding, like)
     fns = {"init": jax.jit(init, out_shardings=at), "evaluate": jit(evaluate, static_argnums=2)}
-    fns["bits"] = jax.jit(lambda s: sum(x.view("uint32").sum() for x in jax.tree.leaves(s)))
+    fns["bits"] = jax.jit(lambda s: sum(x.view(f"u{x.itemsize}").sum() for x in jax.tree.leaves(s)))
     fns["gradients"] = jit_large(gradients, static_argnums=3, out_shardings=(None, at["params"]))
-    keep = {"donate_argnums": 0, "keep_unused": True}  # else buffers change their places
+    keep = {"donate_argnums": 0, "keep_unused": True}  # or even steps give up no old `pending`
     fns["update"] = jit(update, static_argnums=2, out_shardings=(at, None), **keep)
     return SimpleNamespace(like=like, views=views, use=use, parts=parts, why=why, **fns)
 
 
 class Journal:  # the console, log.txt, metrics.csv and TensorBoard of a run, of process 0
     def __init__(self, run: Path, c: Config, meta: dict):
-        self.c, self.run, self.first = c, run, jax.process_index() == 0
-        run = run if self.first else Path(tempfile.mkdtemp())  # where nobody looks
+        self.c, self.run, self.other = c, run, jax.process_index() and tempfile.TemporaryDirectory()
+        run = Path(self.other.name) if self.other else run  # where nobody looks
         sys.modules["tensorboard.compat.notf"] = sys  # it need not import TensorFlow
         self.board = Writer(f"{run}/tensorboard")
         self.log, self.csv = (run / "log.txt").open("a"), (run / "metrics.csv").open("a")
         self.log.truncate(min(meta["log"], self.log.tell()))  # drops what came after the checkpoint
         self.csv.truncate(min(meta["csv"], self.csv.tell()))
         if not meta["step"]:
-            self.say("".join((HERE / name).read_text() for name in SOURCES) + "=" * 100, False)
+            self.say(CODE + "=" * 100, False)
             on = f", {jax.device_count()} {jax.devices()[0].device_kind}, JAX {jax.__version__}"
             self.say(f"Python {sys.version}{on}\nconfig {json.dumps(vars(c))}\n{'=' * 100}", False)
             print("step,train_time_ms,name,value", file=self.csv, flush=True)
 
     def say(self, line: str, show: bool = True):
-        for file in [self.log] + [sys.stdout] * (show and self.first):
-            with suppress(BrokenPipeError):  # `| tee` hears Ctrl-C as well, and ends first
+        for file in [self.log] + [sys.stdout] * (show and not self.other):
+            with suppress(OSError if file is sys.stdout else ()):  # it may close before we end
                 print(line, file=file, flush=True)
 
     def scalar(self, step: int, ms: float, name: str, value: float, show: bool = True):
@@ -233,17 +230,17 @@ def start(c: Config):
         on = {"auto": jax.config.jax_platforms, "cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu"}
         jax.config.update("jax_platforms", on[choose("device", c.device, on)])
         jax.config.update("jax_num_cpu_devices", c.cpu_devices)
-        sharding.start_processes()
-    except RuntimeError as error:
+        ThreadPoolExecutor(1).submit(sharding.start_processes).result()  # so signals are heard
+    except (RuntimeError, LookupError, ValueError) as error:
         if "before any" not in str(error):  # JAX is in use already, as in a notebook or a test
-            raise
+            raise InputError(f"cannot join the job (variables, port?): {error!r}") from error
     if jax.default_backend() == "cpu" != c.device and (c.device != "auto" or accelerator()):
         how = "install JAX's plugin (./launch does), end what else holds it, or say --device=cpu"
         raise InputError(f"JAX sees the CPU alone and no {accelerator() or c.device}: {how}")
 
 
 def opened(c: Config, run: Path, p: SimpleNamespace, clean: bool = False):
-    """Checkpoints, `clean` of killed saves; state and meta of the newest readable one, or new."""
+    """Manager, `clean` of killed saves; state, meta of the newest readable checkpoint, or new."""
     options = ocp.CheckpointManagerOptions(max_to_keep=c.keep, cleanup_tmp_directories=clean)
     manager = ocp.CheckpointManager(path := run.absolute() / "checkpoints", options=options)
     for step in sorted(manager.all_steps(), reverse=True):
@@ -273,7 +270,7 @@ def configured(run: Path) -> tuple[dict, str]:
 
 
 def train(c: Config, stop=lambda step: False) -> Result:
-    """Trains, or goes on with the run, to the last step. If `stop` says so saves and exits, 75."""
+    """Trains, or goes on with the run, to the last step; if `stop(step)`, saves and exits, 75."""
     start(c)
     fresh = f"{c.run}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}".strip("-")
     name = np.frombuffer(f"{c.run if c.run and c.resume else fresh:240}".encode(), np.uint8)
@@ -284,6 +281,8 @@ def train(c: Config, stop=lambda step: False) -> Result:
     differ = [f"{k} was {was.get(k)}" for k in now if k not in FREE and was.get(k) != now[k]]
     if was and differ:
         raise InputError(f"{run} is there already, {', '.join(differ)}: try another --run")
+    if was and not log.startswith(CODE):
+        print(f"warning: {run} was begun by other sources, which its log has", flush=True)
     if done := re.search(rf"^step:{c.steps}/.* val_loss:(\S+) train_time:(\d+).*$", log, re.M):
         print(done[0], flush=True)
         return Result(float(done[1]), int(done[2]) / 1000, run)
@@ -302,27 +301,27 @@ def train(c: Config, stop=lambda step: False) -> Result:
     manager, state, meta = opened(c, run, p, clean=True)
     batch = lambda i: sharding.global_rows(mesh, (c.rows, stages[i].tokens // c.rows + 1), plan[i])
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
-    began, like, n = time.perf_counter(), p.like["params"], sharding.ways(mesh, "rows")
+    began, weights, n = time.perf_counter(), p.like["params"], sharding.ways(mesh, "rows")
     each = f"{n} devices x {c.rows // n // (k := turns(c, c.rows // n))} row x {k} accumulation"
     journal.say(f"{run}: {[s.tokens for *_, s in schedule]} tokens/step = {c.rows} rows = {each}")
-    trained = {c.stage(step): step for step in reversed(range(first, c.steps))}
+    trained = {c.stage(k): k for k in reversed(range(first, c.steps))}  # stages' first steps
     validated = {c.stage(k) for k in [*range(0, c.steps, c.val_every), c.steps] if k >= first}
-    jobs = {("update", odd): (p.update, p.like, like, odd) for odd in (0, 1)}
-    jobs |= {("train", i): (p.gradients, like, batch(at), 0, i) for i, at in trained.items()}
-    jobs |= {("val", i): (p.evaluate, like, val, i) for i in validated}
+    jobs = {("update", odd): (p.update, p.like, weights, odd) for odd in (0, 1)}
+    jobs |= {("train", i): (p.gradients, weights, batch(k), 0, i) for i, k in trained.items()}
+    jobs |= {("val", i): (p.evaluate, weights, val, i) for i in validated}
     journal.say(f"attention by {p.views[0].attend.__name__}{p.why}; compiling {len(jobs)} programs")
     pool = ThreadPoolExecutor(1 if "gpu" in p.views[0].chip else None)  # XLA times kernels there
     compiled = dict(zip(jobs, pool.map(lambda f: f[0].lower(*f[1:]).compile(), jobs.values())))
     ocp.multihost.get_barrier_sync_fn()(key="all have compiled", timeout_ms=3600_000)  # Gloo: 30 s
     journal.say(f"compiled in {time.perf_counter() - began:.1f} s")
-    for i, at in trained.items():  # a first call takes longer
-        _, *grads = jax.block_until_ready(compiled["train", i](state["params"], batch(at), 0))
+    for i, k in trained.items():  # a first call takes longer
+        _, *grads = jax.block_until_ready(compiled["train", i](state["params"], batch(k), 0))
         jax.block_until_ready(compiled["update", i % 2](jax.tree.map(jnp.copy, state), grads.pop()))
 
     def note(step, loss, norm):  # waits for the device
-        loss, norm, at = float(loss), float(norm), 1000 * (spent + time.perf_counter() - began)
-        journal.scalar(step, at, "train_loss", loss, step < 6 or step % -(-c.steps // 25) == 0)
-        journal.scalar(step, at, "grad_norm", norm)
+        loss, norm, ms = float(loss), float(norm), 1000 * (spent + time.perf_counter() - began)
+        journal.scalar(step, ms, "train_loss", loss, step < 6 or step % -(-c.steps // 25) == 0)
+        journal.scalar(step, ms, "grad_norm", norm)
 
     pending, began = (), time.perf_counter()
     with lock, closing(manager), closing(journal.board):  # whatever comes, a begun save ends
@@ -337,7 +336,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
                     need = 2**20 + 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
                     if (disk := os.statvfs(run)).f_blocks and disk.f_bavail * disk.f_frsize < need:
                         raise InputError(f"{run}: disk full: a save takes {need / 1e6:.0f} MB")
-                    for late in [n for n in manager.all_steps() if n >= step]:  # unreadable ones
+                    for late in [n for n in manager.all_steps() if n > meta["step"]]:  # unreadable
                         manager.delete(late)
                     meta = {"log": journal.log.tell(), "csv": journal.csv.tell()}
                     meta |= {"step": step, "train_time": spent, "bits": int(p.bits(state))}
@@ -373,11 +372,12 @@ def main(argv: list[str]):
         print(f"preset {keys['preset']}, as this machine has {has or 'no GPU or TPU'}", flush=True)
     c, heard = Config(**keys), []
     signal(SIGTERM, lambda n, _: heard.append(signal(n, SIG_DFL)))  # a second one kills
-    signal(SIGINT, lambda n, _: (signal(n, SIG_DFL), raise_signal(SIGTERM)))  # JAX hears SIGTERM
+    for n in [SIGINT] + [SIGHUP] * (getsignal(SIGHUP) != SIG_IGN):  # no nohup; JAX hears SIGTERM
+        signal(n, lambda n, _: (signal(n, SIG_DFL), signal(SIGHUP, SIG_IGN), raise_signal(SIGTERM)))
     stop = lambda step: ocp.multihost.reached_preemption(step) or heard and jax.process_count() == 1
     c.run = os.path.relpath(train(c, stop).run_dir, "runs")
     if jax.process_count() == 1 and (HERE / "tests/sample.py").exists():
-        os.closerange(3, 2**16)  # the sample is of this process: a TPU that it has open is not free
+        os.closerange(3, 2**16)  # or the sample, which replaces this process, finds its TPU taken
         main(["sample", "--end", *(f"--{n}={v}" for n, v in vars(c).items() if n in FREE)])
 
 
@@ -385,7 +385,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except Exception as error:  # DataError is the same as InputError
-        hints = [hint for word, hint in HINTS.items() if word in str(error)]
+        hints = [hint for words, hint in HINTS.items() if re.search(words, str(error))]
         line = " ".join([*hints[:1], str(error).strip().partition("\n")[0]])
         mendable = bool(hints) or isinstance(error, (InputError, OSError))
         print(line, file=sys.stderr) if mendable else sys.excepthook(*sys.exc_info())

@@ -10,7 +10,7 @@ def read(csv: str) -> dict:
     """The curves of a metrics.csv: name -> [(step, value), ...]; what is not finite is left out.
     Empty if no step is behind it."""
     found = {}
-    for row in csv.splitlines()[1:]:
+    for row in csv.removeprefix("step,train_time_ms,name,value\n").splitlines():
         step, _, name, value = row.split(",")
         if isfinite(float(value)):
             found.setdefault(name, []).append((int(step), float(value)))

@@ -111,6 +111,9 @@ def test_a_signal_is_passed_on_once_and_waited_for(tmp_path, number):
     launch = Launch(tmp_path, "--nproc=2", HEARS + "wait_and_save()")
     launch.until("ready", 2)
     os.killpg(launch.pid, number)  # as a terminal and `timeout` do
+    if number == signal.SIGHUP:  # of which a shell sends another when it ends itself
+        launch.until("heard", 2)
+        os.killpg(launch.pid, number)
     assert launch.wait(60) == 75
     saved = sorted(line for line in launch.out().splitlines() if "saved" in line)
     assert saved == ["[0] saved after 1", "[1] saved after 1"]
@@ -124,6 +127,17 @@ def test_a_second_signal_kills(tmp_path):
     launch.until("heard", 2)
     launch.terminate()
     assert launch.wait(60) == 128 + signal.SIGKILL
+
+
+def test_a_signal_to_processes_that_have_ended_changes_no_status(tmp_path):
+    launch = Launch(tmp_path, "--nproc=2", HEARS + "print(os.getpid(), 'is'); wait_and_save()")
+    launch.until("is", 2)
+    pids = re.findall(r"(\d+) is", launch.out())
+    launch.terminate()
+    while any(Path("/proc", pid).exists() for pid in pids):
+        time.sleep(0.001)
+    launch.terminate()  # before launch looks at them, five times a second
+    assert launch.wait(60) == 75 and not list(tmp_path.glob("tmp.*"))
 
 
 def test_one_preempted_process_lets_the_others_save(tmp_path):

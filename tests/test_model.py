@@ -1,6 +1,7 @@
 """What the network must not do, and what its tables promise."""
 
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -153,13 +154,42 @@ def test_the_rates_fall_till_the_extension_or_the_end(monkeypatch):
         assert abs(rates[end - 1] - 0.15 - (1.73 - 0.15) / (end - start)) < 1e-5
 
 
-def test_no_warm_up_of_the_momentum(monkeypatch):
-    """A rise of no length is not 0 / 0 in the first step."""
+@pytest.mark.parametrize("key, till_the_end", [("rise", slice(1, 300)), ("fall", slice(400, None))])
+@pytest.mark.filterwarnings("error")
+def test_no_rise_or_fall_of_the_momentum(monkeypatch, key, till_the_end):
+    """One of no length is not 0 / 0 in the first step, nor 1 / 0 in the others."""
     seen, normuon = [], train_gpt.muon.normuon
     monkeypatch.setattr(train_gpt.muon, "normuon", lambda *x: seen.append(x[2]) or normuon(*x))
-    train_gpt.program(with_keys(C, momentum_rise="0.0"), ONE)
+    train_gpt.program(with_keys(C, **{f"momentum_{key}": "0.0"}), ONE)
     momentum = np.array(seen[0](jnp.arange(C.steps)))
-    assert np.isfinite(momentum).all() and (momentum[1:300] == np.float32(0.95)).all()
+    assert momentum[0] == np.float32(0.85) and np.isfinite(momentum).all()
+    assert (momentum[till_the_end] == np.float32(0.95)).all()
+
+
+def test_a_schedule_of_one_stage_trains(monkeypatch):
+    """Head and embedding are tied till its end."""
+    one = train_gpt.Stage(1, 1024, 896, 16, 64, 1.0, (1,), (1,))
+    monkeypatch.setitem(train_gpt.STAGES, "one", (one,))
+    c = with_keys(C, stages="one", steps=4)
+    p = train_gpt.program(c, ONE)
+    rows = np.random.default_rng(0).integers(0, 256, (c.rows, 129)).astype(np.uint16)
+    state = p.init(0)
+    for step in range(c.steps):
+        loss, grads = p.gradients(state["params"], rows, step, 0)
+        state, _ = p.update(state, grads, step % 2)
+    assert jnp.isfinite(loss)
+    assert (state["params"]["head"] == state["params"]["embed"]).all()
+
+
+def test_the_sum_of_bits_is_of_numbers_of_any_size():
+    """So that an optimizer may keep its state in bfloat16, say."""
+    kinds = jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn
+    state = [(jnp.arange(99.0) - 40).astype(kind) for kind in kinds]
+    sizes = [f"u{x.itemsize}" for x in state]
+    want = sum(int(np.asarray(x).view(u).astype("u8").sum()) for x, u in zip(state, sizes))
+    p = train_gpt.program(C, ONE)
+    assert int(p.bits(state)) == want % 2**32
+    assert int(p.bits([*state[:-1], state[-1].at[7].multiply(2)])) != want % 2**32
 
 
 def test_state_is_split_over_fsdp():
@@ -380,7 +410,16 @@ def test_what_the_compiler_of_a_chip_is_told(chip, given, monkeypatch):
     assert [options["compiler_options"] for options in told] == given
 
 
-@pytest.mark.parametrize("P, window, T", [(1, 9, 64), (2, 13, 32), (1, 40, 96)])
+def test_a_window_longer_than_the_row_takes_no_more_than_the_row():
+    x, doc = jnp.ones((2, 4, 384, 16)), jnp.zeros((2, 384), int)
+    attend = lambda window: jax.jit(partial(model.attend, window=window, P=1))
+    memory = [attend(n).lower(x, x, x, doc).compile().memory_analysis() for n in (383, 2560)]
+    assert memory[1].temp_size_in_bytes <= memory[0].temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    "P, window, T", [(1, 9, 64), (2, 13, 32), (1, 40, 96), (1, 700, 96), (2, 900, 64)]
+)
 def test_plain_attention_is_what_it_says(P, window, T):
     """Against every query and key written out, with and without pairs."""
     keys = jax.random.split(jax.random.key(T), 3)

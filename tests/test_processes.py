@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import jax
 import numpy as np
@@ -134,6 +135,8 @@ def two(killed):
     """After all that, by torchrun's variables alone, of which Kubeflow has no LOCAL_RANK."""
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
     folder = killed[0]
+    world["TMPDIR"] = str(folder / "tmp")
+    (folder / "tmp").mkdir()
     return folder, *by_hand(folder, {"RANK": "0", "LOCAL_RANK": "0"} | world, {"RANK": "1"} | world)
 
 
@@ -237,8 +240,41 @@ def test_a_process_that_cannot_join_does_not_train_alone(tmp_path):
     # jaxlib 0.10.2 raises an error, or crashes with the same message, by how fast its threads are.
     assert done.returncode in (2, -11), done.stderr
     assert "Failed to add port to server" in done.stderr
-    said = "no way to join the job, as its port is taken: "
+    said = "cannot join the job (variables, port?): "
     assert done.returncode == -11 or done.stderr.splitlines()[-1].startswith(said), done.stderr
+
+
+@pytest.mark.parametrize(
+    "without, says", [("MASTER_ADDR", "MASTER_ADDR"), ("RANK", "process id"), ("", "two")]
+)
+def test_a_job_of_which_a_variable_is_missing_or_wrong_is_one_line(tmp_path, without, says):
+    env = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+    env |= {"WORLD_SIZE": "two"} if not without else {}
+    env = {name: value for name, value in (os.environ | env).items() if name != without}
+    command = [sys.executable, ROOT / "train_gpt.py", *ARGS]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "cannot join the job" in line and says in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_waits_for_others_is_ended_by_a_second_signal(tmp_path, number):
+    env = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+    at = "127.0.0.1", int(env["MASTER_PORT"]) + 1
+    command = [sys.executable, ROOT / "train_gpt.py", *ARGS]
+    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | env, stderr=-1) as process:
+        while True:  # till it listens
+            assert process.poll() is None
+            with suppress(OSError), socket.create_connection(at):
+                break
+            time.sleep(0.05)
+        for _ in range(2):
+            time.sleep(1)
+            process.send_signal(number)
+        try:
+            assert process.wait(20) == -number
+        finally:
+            process.kill()
 
 
 def test_stopped_killed_and_gone_on_has_the_losses_of_one_process(one, two):
@@ -258,6 +294,7 @@ def test_only_the_first_process_writes(two):
     assert len(names) == len(set(names)) == 1 + 20 + 20 + 2
     assert len(list((folder / "runs/a/tensorboard").iterdir())) == 3  # a file for each start
     assert "step:20/20" in first and "step:" not in second
+    assert not list((folder / "tmp").iterdir())
 
 
 def test_slurm_and_a_checkpoint_of_one_process_in_two(one, tmp_path):

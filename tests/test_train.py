@@ -161,6 +161,15 @@ def test_a_finished_run_says_its_last_line_again(finished):
     assert again.returncode == 0 and last[0] in again.stdout
 
 
+def test_other_sources_are_said(finished, tmp_path):
+    copied(finished, tmp_path)
+    log = tmp_path / "runs/a/log.txt"
+    log.write_text(log.read_text().replace("import", "improt", 1))
+    again = run(tmp_path, *ARGS)
+    assert "warning: runs/a was begun by other sources" in again.stdout and again.returncode == 0
+    assert "warning" not in run(finished[0], *ARGS).stdout
+
+
 def test_another_config_is_refused(finished):
     folder, _ = finished
     keys = "--steps=13 --seed=1 --val_tokens=4096 --val_row_tokens=512 --rows=16 --fp8 --muon_lr=1"
@@ -240,6 +249,7 @@ def test_fewer_rows_of_validation_than_devices_leave_no_run(tmp_path):
         ("steps", "1.5", "expected int above 0"),
         ("heads", "3", "need even --heads"),
         ("width", "20", "--width = 4 n heads"),
+        ("width", "8", "--width = 4 n heads"),  # fewer than a gate reads
         ("bos", "300", "--bos < --vocab"),
         ("rows", "6", "--rows 2**n"),
         ("seed", "01", "expected int"),
@@ -299,20 +309,48 @@ def test_a_network_without_attention_trains_and_saves(tmp_path, monkeypatch, lay
 
 
 def start(folder, *args):
-    return subprocess.Popen([*PYTHON, *args], cwd=folder, stdout=-1, stderr=-1, text=True)
+    command = ["env", "--default-signal=HUP", *PYTHON, *args]  # though the tests run under nohup
+    return subprocess.Popen(command, cwd=folder, stdout=-1, stderr=-1, text=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(finished, tmp_path, number):
     log = tmp_path / "runs/a/log.txt"
     with start(tmp_path, *ARGS) as p:
         while not (log.exists() and "step:3/12" in log.read_text()):
             assert p.poll() is None
-        p.send_signal(number)
+        for _ in range(1 + (number == signal.SIGHUP)):  # twice by a shell in a terminal that closes
+            p.send_signal(number)
+            time.sleep(0.02)
         said = p.communicate(timeout=120)
     goes_on = r"stopped after step \d+: the same --run goes on, runs/a$"
     assert p.returncode == 75 and re.search(goes_on, said[0], re.M), said
     assert run(tmp_path, *ARGS).returncode == 0
+    assert same(tmp_path, finished[0])
+
+
+def test_under_nohup_a_terminal_may_close(finished, tmp_path):
+    log, command = tmp_path / "runs/a/log.txt", ["env", "--ignore-signal=HUP", *PYTHON, *ARGS]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True) as p:
+        while not (log.exists() and "step:3/12" in log.read_text()):
+            assert p.poll() is None
+        p.send_signal(signal.SIGHUP)
+        assert p.communicate(timeout=120) and p.returncode == 0
+    assert same(tmp_path, finished[0])
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["a closed terminal", "a full disk"])
+def test_a_console_that_takes_no_more_ends_nothing(finished, tmp_path, gone):
+    log = tmp_path / "runs/a/log.txt"
+    terminal, out = os.openpty() if gone else (None, os.open("/dev/full", os.O_WRONLY))
+    with subprocess.Popen([*PYTHON, *ARGS], cwd=tmp_path, stdout=out, stderr=-1) as p:
+        while not (log.exists() and "step:2/12" in log.read_text()):
+            assert p.poll() is None, p.stderr.read()
+        os.close(out)
+        if gone:
+            os.close(terminal)
+        said = p.communicate(timeout=120)[1]
+    assert p.returncode == 0, said
     assert same(tmp_path, finished[0])
 
 
@@ -460,16 +498,21 @@ def test_what_is_not_finite_is_not_written(value):
         train_gpt.Journal.scalar(SimpleNamespace(run="runs/a"), 1, 1.0, "val_loss", value)
 
 
-def test_out_of_memory_says_what_to_do(tmp_path):
-    """In the words of XLA."""
+MEMORY = "out of device memory: try --device_rows=N, N smaller, or more --rows: RESOURCE_EXHAUSTED"
+QUOTA = "RESOURCE_EXHAUSTED: Failed to write 179 bytes [OS error 122: EDQUOT Disk quota exceeded]"
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [("RESOURCE_EXHAUSTED: 9 GB", MEMORY), (QUOTA, "disk full, make room, and the same --run")],
+)
+def test_out_of_memory_or_disk_says_what_to_do(tmp_path, error, says):
+    """In the words of XLA, and of what writes a checkpoint."""
     code = f"import runpy, sys; sys.path.insert(0, '{ROOT}'); import jax, train_gpt as t\n"
-    code += "def program(*_):\n    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 9 GB')\n"
-    code += "t.model.param_table = program\n"
+    code += "def program(*_):\n    raise jax.errors.JaxRuntimeError(ERROR)\n"
+    code += f"ERROR = {error!r}\nt.model.param_table = program\n"
     code += f"runpy.run_path('{ROOT}/train_gpt.py', run_name='__main__')"
     done = run(tmp_path, *TINY, command=[*PYTHON[:2], code])
-    says = (
-        "out of device memory: try --device_rows=N, N smaller, or more --rows: RESOURCE_EXHAUSTED"
-    )
     assert done.returncode == 2 and done.stderr.startswith(says), done.stderr
 
 
@@ -501,8 +544,12 @@ def test_a_save_is_made_where_a_later_checkpoint_cannot_be_read(tmp_path, monkey
     with pytest.raises(SystemExit):
         train_gpt.train(c, lambda step: step == 9)
     assert steps() == [8, 9] and "checkpoint 9 unreadable" in capsys.readouterr().out
-    assert np.isfinite(train_gpt.train(c).val_loss) and steps() == [9, 12]
-    assert "unreadable" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train_gpt.train(c, lambda step: step == 10)
+    assert steps() == [9, 10] and "unreadable" not in capsys.readouterr().out
+    damage(10)
+    assert np.isfinite(train_gpt.train(c).val_loss) and steps() == [9, 12]  # not 10, which is less
+    assert "checkpoint 10 unreadable" in capsys.readouterr().out
 
 
 FAILS = f"""import sys

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def run(main):
     try:
         sys.exit(main(sys.argv[1:]))
     except Exception as error:  # DataError is the same as InputError
-        hints = [hint for word, hint in train_gpt.HINTS.items() if word in str(error)]
+        hints = [hint for words, hint in train_gpt.HINTS.items() if re.search(words, str(error))]
         if not (hints or isinstance(error, (InputError, OSError))):
             raise
         print(*hints[:1], line(error), file=sys.stderr, flush=True)
