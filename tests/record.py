@@ -83,6 +83,13 @@ mean {np.mean(seconds):.3f} s. The logs hold the sources, the config and every s
 """
 
 
+def check(run: Path):
+    """Raises InputError if the rest of a begun run would be trained by other sources."""
+    log = (run / "log.txt").read_text() if (run / "log.txt").exists() else train_gpt.CODE
+    if not (log.startswith(train_gpt.CODE) or re.search(r"^step:(\d+)/\1 val_loss", log, re.M)):
+        raise InputError(f"{run} was begun by other sources: choose another --name")
+
+
 def write(name: str, argv: list[str], runs: list[Run], target: float):
     if odd := [run.folder for run in runs if run.source != runs[0].source]:
         raise InputError(f"{odd[0]} and {runs[0].folder} differ in sources: choose another --name")
@@ -120,6 +127,7 @@ def main(argv: list[str]):
     runs = {seed: Path("runs", f"record-{name}-{seed}") for seed in range(first, first + n)}
     for seed, run in runs.items():
         print(f"record: {run}, of seeds {first} to {first + n - 1}", flush=True)
+        check(run)
         args = [f"--{key}={value}" for key, value in keys.items() if key != "seed"]
         if status := train([*args, f"--seed={seed}", f"--run={run.name}"]):
             with suppress(BrokenPipeError):  # `| tee` hears Ctrl-C as well, and ends first

@@ -123,6 +123,17 @@ def test_seeds_arguments_and_the_directory_of_an_earlier_day(stub, capfd):
     assert not (folder / "seed7.txt").exists() and "seed7" not in (folder / "README.md").read_text()
 
 
+def test_a_run_does_not_go_on_by_other_sources(stub):
+    stub(3.1, 3.2)
+    log = Path("runs/record-a-1/log.txt")
+    log.parent.mkdir(parents=True)
+    log.write_text("other sources\nstep:3/9 train_loss:4.0000 train_time:9ms step_avg:3.00ms\n")
+    with pytest.raises(record.InputError, match="runs/record-a-1 was begun by other sources"):
+        record.main(["--name=a", "--runs=2", "--target=3"])
+    log.write_text(train_gpt.CODE + log.read_text())
+    record.main(["--name=a", "--runs=2", "--target=3"])
+
+
 def test_the_target_is_the_records_whatever_the_runs_had(stub):
     stub(3.1, 3.2)
     record.main(["--name=a", "--target=3", "--runs=2"])
