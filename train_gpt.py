@@ -323,10 +323,10 @@ def train(c: Config, stop=lambda step: False) -> Result:
         journal.scalar(step, ms, "train_loss", loss, step < 6 or step % -(-c.steps // 25) == 0)
         journal.scalar(step, ms, "grad_norm", norm)
 
-    pending, began = (), time.perf_counter()
+    early, pending, began = any([stop(k) for k in range(first)]), (), time.perf_counter()
     with lock, closing(manager), closing(journal.board):  # whatever comes, a begun save ends
-        for step in range(first, c.steps + 1):
-            last, stopped = step == c.steps, step < c.steps and stop(step)
+        for step in range(first, c.steps + 1):  # early: JAX must be asked of each, in turn
+            last, stopped = step == c.steps, step < c.steps and (stop(step) or early)
             validating, saving = last or step % c.val_every == 0, last or step % c.save_every == 0
             if stopped or saving or validating:
                 pending = pending and note(*pending)

@@ -42,13 +42,14 @@ def main(argv: list[str]):
         os.chdir(folder)
         run = train_gpt.train(c).run_dir
         size = sum(path.stat().st_size for path in run.glob("checkpoints/*/**/*")) / 1e6
+        kept = sum(path.name.isdigit() for path in run.glob("checkpoints/*"))
     took = {step: t - before for (_, before), (step, t) in zip(ends, ends[1:])}
     # Of the log's times, which have no saves in them; the step behind one is the save's next one.
     plain = median(t for step, t in took.items() if (step - 1) % c.save_every and step > 3)
     after = median(t for step, t in took.items() if (step - 1) % c.save_every == 0 and step > 3)
     first, *others = holds.values()
     hold, behind = median(others), after - plain
-    print(f"{size / 2:.1f} MB a checkpoint, {len(holds)} saves in {c.steps} steps")
+    print(f"{size / kept:.1f} MB a checkpoint, {len(holds)} saves in {c.steps} steps")
     for name, seconds in (
         ("a step", plain),
         ("the first save's call", first),

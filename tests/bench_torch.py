@@ -135,7 +135,7 @@ def main(argv: list[str]):
     parser = argparse.ArgumentParser(description=__doc__)
     for name, value in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help=HELP.get(name))
-    c, rows = parser.parse_args(argv), []
+    c, rows, failed = parser.parse_args(argv), [], False
     if c.side:
         return side(c.side, c, int(c.batches))
     test = subprocess.run(["env", c.torch_python, "-c", "import torch"], capture_output=True)
@@ -144,11 +144,13 @@ def main(argv: list[str]):
     for B, name in product(c.batches.split(","), SIDES):
         command = [c.torch_python if "torch" in name else sys.executable, __file__, *argv]
         command += [f"--side={name}", f"--batches={B}"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"}  # as torch's: compiling is timed
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
         rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode:
             why = [f"status {done.returncode}", *done.stderr.splitlines()][-1]
             print(f"{name} failed: {why:.200}")
+            failed = True
     lines = [[*rows[0]], *([*row.values()] for row in rows)] if rows else sys.exit(2)
     for line in lines:
         cells = (v if isinstance(v, str) else f"{v:,.5g}" for v in line)
@@ -159,6 +161,8 @@ def main(argv: list[str]):
             csv.writer(file).writerows(lines)
     if c.svg:
         Path(c.svg).write_text(drawing(rows))
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

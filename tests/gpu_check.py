@@ -8,6 +8,7 @@ attention for as long as the time lasts, on --data or FineWeb; DIR gets the runs
 checkpoints, and a picture, curves.svg.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 
 import bench
 import curves
@@ -98,6 +100,7 @@ def attention(keys: dict):  # of documents: both against `attend` in float32; q 
         with jax.default_matmul_precision("highest"):
             want = both(plain, *(x.astype(jnp.float32) for x in args))
         off = [rms(*pair) for pair in zip(both(plain, *args), want)]
+        passed = passed and all(e < 0.02 for e in off)  # 0.003 by rounding; not with NaN
         slow = milliseconds(both, plain, *args)
         name = f"{T} tokens, window {W}, {P} heads at once"
         say(name, "", f"attend: {cost(off, slow, slow)}")
@@ -171,7 +174,8 @@ def training(kind: str, keys: dict):  # to its end, or to the time's; then speed
     os.chdir(keys["out"])
     if kind == "plain":
         model.cudnn = model.attend
-    end = float(keys["end"]) - 30  # which a save takes
+    ocp.CheckpointManager.save = lambda *_, **__: True  # 8 GB that nobody reads
+    end = float(keys["end"]) - 30  # in which it validates and compiles again
     stop = lambda step: step > 2 and time.monotonic() > end
     with redirect_stdout(sys.stderr), suppress(SystemExit):
         train_gpt.train(c, stop)
@@ -204,6 +208,7 @@ def pytorch(keys: dict):  # 11 blocks of speedrun's size in both
     done = subprocess.run([sys.executable, script, *size.split()], capture_output=True, text=True)
     say("blocks in JAX and PyTorch", "", size)
     print(done.stdout + done.stderr, end="", flush=True)
+    return 3 if done.returncode and importlib.util.find_spec("torch") else 0
 
 
 CHECKS = {"float32": partial(losses, "float32", parity.BARS, 6)}
@@ -219,7 +224,8 @@ def check(name: str, argv: list[str], end: float) -> bool | None:  # None: out o
     command = [sys.executable, "-W", "ignore", __file__, *argv, f"--check={name}", f"--end={end}"]
     limit = ["timeout", "-k", "5", str(max(1, end - time.monotonic()))]
     done = subprocess.run(limit + command, stderr=subprocess.PIPE, text=True)
-    late = done.returncode in (124, 137)
+    killed = done.returncode in (-9, 137)  # for not ending 5 s after it was told, or for memory
+    late = done.returncode == 124 or killed and time.monotonic() >= end
     if done.returncode not in (0, 3):  # 2: what the user can mend is its last line
         lines = done.stderr.splitlines()
         errors = [line for line in lines if "Error" in line or done.returncode == 2]
@@ -248,6 +254,8 @@ def main(argv: list[str]) -> int:
         done = dict(zip(first, ThreadPoolExecutor(2).map(run, first)))
         del os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"]
         done |= {name: run(name) for name in names if name not in first}
+        for left in out.glob("runs/*/checkpoints"):  # by a training that was killed
+            shutil.rmtree(left, ignore_errors=True)
         found = {p.parent.name: curves.read(p.read_text()) for p in out.glob("runs/*/metrics.csv")}
         if found := {name: seen for name, seen in found.items() if seen}:
             picture = curves.picture([*found.values()], None, [*found])

@@ -105,7 +105,8 @@ def write(run, prompt: str, n: int, samples: int, temperature: float, top_k: int
     began = time.perf_counter()
     for i in range(len(ids), stop):
         z = np.array(logits(run.params, tokens, i - 1), np.float32) / max(temperature, 1e-6)
-        z[z < np.sort(z)[:, -min(top_k, z.shape[1]), None]] = -np.inf
+        others = np.argsort(-z, 1, kind="stable")[:, top_k:]  # of equal ones the first, as top 1
+        np.put_along_axis(z, others, -np.inf, 1)
         tokens[:, i] = np.argmax(z + (temperature > 0) * rng.gumbel(size=z.shape), 1)
     spent = time.perf_counter() - began
     return [decoded(row, c.vocab) for row in tokens[:, :stop].tolist()], spent

@@ -180,6 +180,22 @@ def test_sigterm_to_one_saves_in_all_at_the_same_step(stopped):
     saved_in_all(*stopped)
 
 
+def test_a_signal_while_a_resumed_run_compiles_is_not_lost(stopped, tmp_path):
+    """JAX stops at the step behind the last that it was asked of, and at that one alone."""
+    shutil.copytree(stopped[0] / "runs", tmp_path / "runs")
+    log, env = tmp_path / "runs/a/log.txt", os.environ | {"PYTHON": sys.executable}
+    steps = len(re.findall("train_loss:", log.read_text()))
+    with subprocess.Popen(LAUNCH, cwd=tmp_path, env=env, stdout=-1, stderr=-1) as launch:
+        while len(re.findall(r"compiling \d", log.read_text())) < 2:
+            assert launch.poll() is None
+            time.sleep(0.02)
+        launch.terminate()
+        said = launch.communicate(timeout=300)
+    assert launch.returncode == 75, said
+    assert log.read_text().splitlines()[-1].startswith("stopped after step")
+    assert len(re.findall("train_loss:", log.read_text())) == steps > 0
+
+
 def test_ctrl_c_in_one_does_so_too(tmp_path):
     saved_in_all(tmp_path, *launched(tmp_path, "step:3/20", signal.SIGINT))
 

@@ -188,6 +188,8 @@ def test_a_sample_is_as_likely_as_temperature_and_top_k_say(monkeypatch):
     monkeypatch.setattr(sample, "logits_of", lambda run: logits)
     assert letters(5.0, 1) == letters(0.0, 50) == letters(0.05, 50) == {1}
     assert letters(5.0, 3) == {1, 2, 3}
+    monkeypatch.setattr(sample, "logits_of", lambda run: lambda *args: logits(*args) // 2)
+    assert letters(5.0, 2) == {1, 2}  # though the third is as good as the second
 
 
 @pytest.mark.parametrize(
