@@ -180,7 +180,6 @@ def training(kind: str, keys: dict):  # to its end, or to the time's; then speed
     with redirect_stdout(sys.stderr), suppress(SystemExit):
         train_gpt.train(c, stop)
     (run,) = Path("runs").glob(f"{kind}-*")
-    shutil.rmtree(run / "checkpoints")
     said = next(x for x in (run / "log.txt").open() if x.startswith("attention by "))
     say(f"training, {kind}", "", said.partition(";")[0])
     (at, seen), mesh = read(kind), sharding.make_mesh(c.mesh)
@@ -254,8 +253,8 @@ def main(argv: list[str]) -> int:
         done = dict(zip(first, ThreadPoolExecutor(2).map(run, first)))
         del os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"]
         done |= {name: run(name) for name in names if name not in first}
-        for left in out.glob("runs/*/checkpoints"):  # by a training that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for empty in out.glob("runs/*/checkpoints"):
+            shutil.rmtree(empty)
         found = {p.parent.name: curves.read(p.read_text()) for p in out.glob("runs/*/metrics.csv")}
         if found := {name: seen for name, seen in found.items() if seen}:
             picture = curves.picture([*found.values()], None, [*found])

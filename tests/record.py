@@ -85,8 +85,9 @@ mean {np.mean(seconds):.3f} s. The logs hold the sources, the config and every s
 
 def check(run: Path):
     """Raises InputError if the rest of a begun run would be trained by other sources."""
-    log = (run / "log.txt").read_text() if (run / "log.txt").exists() else train_gpt.CODE
-    if not (log.startswith(train_gpt.CODE) or re.search(r"^step:(\d+)/\1 val_loss", log, re.M)):
+    _, log = train_gpt.configured(run)
+    done = re.search(r"^step:(\d+)/\1 val_loss", log, re.M)
+    if log and not (done or log.startswith(train_gpt.CODE)):
         raise InputError(f"{run} was begun by other sources: choose another --name")
 
 

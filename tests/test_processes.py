@@ -108,6 +108,11 @@ def port() -> str:
         return str(server.getsockname()[1])
 
 
+def first_of_two(port: str) -> dict:
+    """torchrun's variables."""
+    return {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """One process with 8 devices."""
@@ -247,7 +252,7 @@ def test_a_process_that_cannot_join_does_not_train_alone(tmp_path):
     """As where another job has the port: the first process would listen there."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1] - 1  # of torchrun: ours is the next
-        env = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = first_of_two(str(port))
         command = [sys.executable, ROOT / "train_gpt.py", *ARGS]
         done = subprocess.run(
             command, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, timeout=300
@@ -264,7 +269,7 @@ def test_a_process_that_cannot_join_does_not_train_alone(tmp_path):
     "without, says", [("MASTER_ADDR", "MASTER_ADDR"), ("RANK", "process id"), ("", "two")]
 )
 def test_a_job_of_which_a_variable_is_missing_or_wrong_is_one_line(tmp_path, without, says):
-    env = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+    env = first_of_two(port())
     env |= {"WORLD_SIZE": "two"} if not without else {}
     env = {name: value for name, value in (os.environ | env).items() if name != without}
     command = [sys.executable, ROOT / "train_gpt.py", *ARGS]
@@ -275,7 +280,7 @@ def test_a_job_of_which_a_variable_is_missing_or_wrong_is_one_line(tmp_path, wit
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_process_that_waits_for_others_is_ended_by_a_second_signal(tmp_path, number):
-    env = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+    env = first_of_two(port())
     at = "127.0.0.1", int(env["MASTER_PORT"]) + 1
     command = [sys.executable, ROOT / "train_gpt.py", *ARGS]
     with subprocess.Popen(command, cwd=tmp_path, env=os.environ | env, stderr=-1) as process:

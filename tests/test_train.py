@@ -27,6 +27,12 @@ LINE = re.compile(
 )
 
 
+def until(process, log, word):
+    """Waits till the log of the run has the word."""
+    while not (log.exists() and word in log.read_text()):
+        assert process.poll() is None, process.stderr.read()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
@@ -184,8 +190,7 @@ def test_goes_on_where_a_killed_run_was_saved(finished, tmp_path):
     """Killed after the checkpoint of step 5: the same losses to the last digit, no line twice."""
     log = tmp_path / "runs/a/log.txt"
     with subprocess.Popen([*PYTHON, *ARGS], cwd=tmp_path, stdout=-3) as p:
-        while not (log.exists() and "step:8/12" in log.read_text()):
-            assert p.poll() is None
+        until(p, log, "step:8/12")
         p.kill()
     assert run(tmp_path, *ARGS).returncode == 0
     assert same(tmp_path, finished[0])
@@ -317,8 +322,7 @@ def start(folder, *args):
 def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(finished, tmp_path, number):
     log = tmp_path / "runs/a/log.txt"
     with start(tmp_path, *ARGS) as p:
-        while not (log.exists() and "step:3/12" in log.read_text()):
-            assert p.poll() is None
+        until(p, log, "step:3/12")
         for _ in range(1 + (number == signal.SIGHUP)):  # twice by a shell in a terminal that closes
             p.send_signal(number)
             time.sleep(0.02)
@@ -332,8 +336,7 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(finished, tmp_path,
 def test_under_nohup_a_terminal_may_close(finished, tmp_path):
     log, command = tmp_path / "runs/a/log.txt", ["env", "--ignore-signal=HUP", *PYTHON, *ARGS]
     with subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True) as p:
-        while not (log.exists() and "step:3/12" in log.read_text()):
-            assert p.poll() is None
+        until(p, log, "step:3/12")
         p.send_signal(signal.SIGHUP)
         assert p.communicate(timeout=120) and p.returncode == 0
     assert same(tmp_path, finished[0])
@@ -344,8 +347,7 @@ def test_a_console_that_takes_no_more_ends_nothing(finished, tmp_path, gone):
     log = tmp_path / "runs/a/log.txt"
     terminal, out = os.openpty() if gone else (None, os.open("/dev/full", os.O_WRONLY))
     with subprocess.Popen([*PYTHON, *ARGS], cwd=tmp_path, stdout=out, stderr=-1) as p:
-        while not (log.exists() and "step:2/12" in log.read_text()):
-            assert p.poll() is None, p.stderr.read()
+        until(p, log, "step:2/12")
         os.close(out)
         if gone:
             os.close(terminal)
@@ -358,8 +360,7 @@ def test_ctrl_c_saves_though_the_reader_of_the_output_ends_first(finished, tmp_p
     """As `| tee` does, which hears a terminal's Ctrl-C as well."""
     log, command = tmp_path / "runs/a/log.txt", [PYTHON[0], "-u", *PYTHON[1:], *ARGS]
     with subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True) as p:
-        while not (log.exists() and "step:3/12" in log.read_text()):
-            assert p.poll() is None
+        until(p, log, "step:3/12")
         p.stdout.close()
         p.send_signal(signal.SIGINT)
         assert p.wait(120) == 75, p.stderr.read()
@@ -372,8 +373,7 @@ def test_a_run_that_is_in_training_is_left_alone(finished, tmp_path):
     """A second trainer ends with a line, and harms neither the first nor what it saves."""
     log, often = tmp_path / "runs/a/log.txt", [*ARGS, "--save_every=1"]
     with start(tmp_path, *often) as p:
-        while not (log.exists() and "step:2/12" in log.read_text()):
-            assert p.poll() is None
+        until(p, log, "step:2/12")
         p.send_signal(signal.SIGSTOP)
         before = log.read_bytes()
         second = run(tmp_path, *often)
