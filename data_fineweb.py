@@ -48,20 +48,17 @@ def open_corpus(data: str, vocab: int, bos: int, cache: Path = Path("data")) -> 
         raise DataError(f"--bos={bos}: --vocab={vocab} takes --bos={least} or more for texts")
     endings, skip = ((".py", ".txt"), SKIP) if data == "stdlib" else ((".txt",), {"runs"})
     found = [p for p in [root, *sorted(root.rglob("*"))] if p.suffix in endings and p.is_file()]
-    names = [p.relative_to(root if root.is_dir() else root.parent) for p in found]
-    files = {n.as_posix(): p for n, p in zip(names, found) if not skip & {*n.parts}}
+    files = {str(p.relative_to(root)): p for p in found if not skip & {*p.relative_to(root).parts}}
     return Corpus(*tokenize(data, files, vocab, bos), bos, lambda tokens: tokens)
 
 
 def tokenize(data: str, files: dict, vocab: int, bos: int) -> tuple:
-    """([training tokens], validation tokens) of texts, name -> path: held out by a hash of the name
-    or, where that is under 1% or over 30%, a tenth of each; training documents of 1024, mixed."""
+    """([training tokens], validation tokens) of texts, name -> path: held out are a tenth of each
+    or, of 200 and more, one in 20, by a hash of its name; training documents of 1024, mixed."""
     docs = {n.encode(errors="namereplace"): encode(p.read_bytes(), vocab) for n, p in files.items()}
     train, held_out, start = {}, {}, np.array([bos], np.uint16)
-    out = {n for n in docs if zlib.crc32(n) % 20 == 0}
-    few = not 0.01 < sum(len(docs[n]) for n in out) / (1 + sum(map(len, docs.values()))) < 0.3
     for name, ids in docs.items():
-        cut = len(ids) * 9 // 10 if few else 0 if name in out else len(ids)
+        cut = len(ids) * 9 // 10 if len(docs) < 200 else len(ids) * (zlib.crc32(name) % 20 > 0)
         held_out |= {name: ids[cut:]} if cut < len(ids) else {}
         train |= {b"%s %d" % (name, i): ids[i : min(i + 1023, cut)] for i in range(0, cut, 1023)}
     if not (train and held_out):

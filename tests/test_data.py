@@ -119,7 +119,7 @@ def test_validation_is_contiguous_and_takes_whole_rows(corpus):
 
 @pytest.mark.parametrize("sizes", [(260, 5_000_000), (5_000_000, 30_000)])
 def test_texts_of_unlike_size_are_split_within_each(tmp_path, sizes):
-    """The hash holds out readme.txt, which here has next to nothing, or nearly all."""
+    """A hash of the names would hold out readme.txt: next to nothing here, or nearly all."""
     assert zlib.crc32(b"readme.txt") % 20 == 0 != zlib.crc32(b"corpus.txt") % 20
     for name, size in zip(("readme", "corpus"), sizes):
         (tmp_path / f"{name}.txt").write_text(name[0] * size)
@@ -128,6 +128,17 @@ def test_texts_of_unlike_size_are_split_within_each(tmp_path, sizes):
         held_out = np.count_nonzero(got.val == ord(name[0]))
         assert held_out == size - size * 9 // 10
         assert np.count_nonzero(got.train[0] == ord(name[0])) == size - held_out
+
+
+@pytest.mark.parametrize("n, whole", [(199, False), (200, True)])
+def test_many_texts_are_held_out_whole(tmp_path, n, whole):
+    """A letter in each that is in no other: of which texts is there a part in both?"""
+    for i in range(n):
+        (tmp_path / f"{i}.txt").write_bytes(bytes([i]) * 40)
+    got = data.open_corpus(str(tmp_path), VOCAB, BOS)
+    both = {*got.val.tolist()} & {*got.train[0].tolist()} - {BOS}
+    assert len(both) == (0 if whole else n)
+    assert len({*got.val.tolist()} - {BOS}) == (7 if whole else n)
 
 
 def test_what_a_run_writes_is_no_text_to_train_on(tmp_path, monkeypatch):
