@@ -145,15 +145,18 @@ def splash_kernel(H: int, T: int, window: int, P: int):
     sizes = tpu.BlockSizes(*[len(Band.block)] * 8)  # of queries and keys, forward and backward
     with jax.ensure_compile_time_eval():
         run = tpu.make_splash_mha_single_device(tpu.MultiHeadMask([Band()] * H), block_sizes=sizes)
-    return jax.vmap(lambda q, k, v, doc: run(q, k, v, tpu.SegmentIds(doc, doc)))
+    every = jax.vmap(lambda q, k, v, doc: run(q, k, v, tpu.SegmentIds(doc, doc)))
+    once = lambda x: lax.optimization_barrier(x) if x.dtype == jnp.float32 else x
+    same = jax.custom_vjp(every)  # whose log sum exp XLA would lay out twice: for dq, for dk and dv
+    same.defvjp(lambda *x: jax.tree.map(once, jax.vjp(every, *x)), lambda pull, g: pull(g))
+    return same
 
 
 def splash(q, k, v, doc, window: int, P: int):
     """What `attend` computes, on a TPU, where its kernel takes the sizes."""
-    B, H, T, K = q.shape
+    (B, H, T, K), eye = q.shape, np.eye(q.shape[3], dtype=q.dtype)  # see laid
     if T % 128 or K % 128:
         return attend(q, k, v, doc, window, P)
-    eye = np.eye(K, dtype=q.dtype)  # see laid
     rows = (lax.optimization_barrier(x @ eye).reshape(B, -1, P * T, K) for x in (q, k, v))
     o = lax.optimization_barrier(splash_kernel(H // P, T, window, P)(*rows, jnp.tile(doc, P)))
     return laid(o.reshape(q.shape), True)  # two barriers: 2% fewer cycles on a v6e (predicted)

@@ -8,6 +8,7 @@ from os import environ as env
 import jax
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
@@ -39,17 +40,15 @@ def start_processes():
 
 def make_mesh(layout: str, devices=None) -> Mesh:
     """Mesh of "data:2,fsdp:4", last axes of neighbours; "" is all on fsdp. Raises InputError."""
-    devices, sizes = devices or jax.devices(), dict.fromkeys(("data", "fsdp", "tensor"), 1)
-    for word in (layout or f"fsdp:{len(devices)}").split(","):
-        name, _, size = word.partition(":")
-        if name not in sizes or not size.isdecimal() or int(size) < 1:
-            raise InputError(f"--mesh={layout}: '{word}' is not AXIS:SIZE, AXIS of {list(sizes)}")
-        sizes[name] = int(size)
-    n = int(np.prod([*sizes.values()]))
-    if n > len(devices) or (n < len(devices) and jax.process_count() > 1):
+    devices, names = devices or jax.devices(), ("data", "fsdp", "tensor")
+    words = dict(w.partition(":")[::2] for w in (layout or f"fsdp:{len(devices)}").split(","))
+    if not words.keys() <= {*names} or not all(n.isdecimal() and int(n) for n in words.values()):
+        raise InputError(f"--mesh={layout}: not AXIS:SIZE,AXIS:SIZE with AXIS of {[*names]}")
+    sizes = [int(words.get(name, 1)) for name in names]
+    if (n := int(np.prod(sizes))) > len(devices) or (n < len(devices) and jax.process_count() > 1):
         raise InputError(f"--mesh={layout} is {n} devices, but there are {len(devices)}")
-    grid = create_device_mesh([*sizes.values()], devices[:n], allow_split_physical_axes=True)
-    return Mesh(grid, tuple(sizes), (AxisType.Auto,) * len(sizes))
+    grid = create_device_mesh(sizes, devices[:n], allow_split_physical_axes=True)
+    return Mesh(grid, names, (AxisType.Auto,) * len(names))
 
 
 def placed(mesh: Mesh, axes, shape=(), name: str = "") -> NamedSharding:
@@ -82,9 +81,10 @@ def summed(g, axes=()):
 def lookup(table, ids_BT, dtype, tpu: bool):
     """Rows (B, T, D) of a table (V, D) with split columns: ids travel, and what was found."""
     found = table[lax.all_gather(ids_BT, "fsdp")].astype(dtype)  # (fsdp, B, T, D / fsdp)
-    if not tpu:  # a TPU is slow at moving columns, so there a product joins them
+    if not tpu:  # a TPU is slow at moving columns: there products lay them out, and join them
         return lax.all_to_all(found, "fsdp", 0, 3, tiled=True)[0]
     where = np.eye(len(found) * found.shape[3], dtype=dtype).reshape(*found.shape[::3], -1)
+    found = with_layout_constraint(found, Layout((0, 1, 2, 3))) @ where[0, :, : found.shape[3]]
     found = lax.optimization_barrier(lax.all_to_all(found, "fsdp", 0, 0))  # else it would move them
     return jax.numpy.einsum("pbtc,pcd->btd", found, where)
 
