@@ -30,7 +30,7 @@ LINE = re.compile(
 def until(process, log, word):
     """Waits till the log of the run has the word."""
     while not (log.exists() and word in log.read_text()):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.stderr and process.stderr.read()
 
 
 @pytest.fixture(scope="module")
