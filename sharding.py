@@ -80,13 +80,13 @@ def summed(g, axes=()):
 
 def lookup(table, ids_BT, dtype, tpu: bool):
     """Rows (B, T, D) of a table (V, D) with split columns: ids travel, and what was found."""
-    found = table[lax.all_gather(ids_BT, "fsdp")].astype(dtype)  # (fsdp, B, T, D / fsdp)
+    rows = table[lax.all_gather(ids_BT, "fsdp")].astype(dtype)  # (fsdp, B, T, D / fsdp)
     if not tpu:  # a TPU is slow at moving columns: there products lay them out, and join them
-        return lax.all_to_all(found, "fsdp", 0, 3, tiled=True)[0]
-    where = np.eye(len(found) * found.shape[3], dtype=dtype).reshape(*found.shape[::3], -1)
-    found = with_layout_constraint(found, Layout((0, 1, 2, 3))) @ where[0, :, : found.shape[3]]
-    found = lax.optimization_barrier(lax.all_to_all(found, "fsdp", 0, 0))  # else it would move them
-    return jax.numpy.einsum("pbtc,pcd->btd", found, where)
+        return lax.all_to_all(rows, "fsdp", 0, 3, tiled=True)[0]
+    where = np.eye(len(rows) * rows.shape[3], dtype=dtype).reshape(*rows.shape[::3], -1)
+    rows = with_layout_constraint(rows, Layout((0, 1, 2, 3))) @ np.eye(rows.shape[3], dtype=dtype)
+    rows = lax.optimization_barrier(lax.all_to_all(rows, "fsdp", 0, 0))  # else it would move them
+    return jax.numpy.einsum("pbtc,pcd->btd", rows, where)
 
 
 def spread(mesh: Mesh, f, *stacks):

@@ -251,11 +251,9 @@ def opened(c: Config, run: Path, p: SimpleNamespace, clean: bool = False):
                 raise ValueError("it is not what was saved")
             return manager, state, meta
         except Exception as error:  # whatever it is that the library stumbles over
-            if jax.process_count() > 1:  # another may have read its part, and waits for this one
+            if step == min(manager.all_steps()) or jax.process_count() > 1:  # others may wait here
                 raise InputError(f"{path}/{step} unreadable, remove it? {error!s:.200}") from error
             print(f"warning: checkpoint {step} unreadable, passed over: {error!s:.200}", flush=True)
-    if manager.all_steps():
-        raise InputError(f"{run}: no checkpoint can be read (why is above): choose another --run")
     return manager, p.init(c.seed), {"step": 0, "train_time": 0.0, "log": 0, "csv": 0}
 
 
@@ -281,7 +279,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
     differ = [f"{k} was {was.get(k)}" for k in now if k not in FREE and was.get(k) != now[k]]
     if was and differ:
         raise InputError(f"{run} is there already, {', '.join(differ)}: try another --run")
-    if was and not log.startswith(CODE):
+    if was and not (log.startswith(CODE) or jax.process_index()):
         print(f"warning: {run} was begun by other sources, which its log has", flush=True)
     if done := re.search(rf"^step:{c.steps}/.* val_loss:(\S+) train_time:(\d+).*$", log, re.M):
         print(done[0], flush=True)
@@ -299,6 +297,8 @@ def train(c: Config, stop=lambda step: False) -> Result:
         if isinstance(error, BlockingIOError):  # not a file system without locks
             raise InputError(f"{run} is in training: end that, or choose another --run") from error
     manager, state, meta = opened(c, run, p, clean=True)
+    if meta.get("data", data := int(held_out.sum() + plan[-1](slice(None)).sum())) != data:
+        raise InputError(f"{run} was begun with other tokens: mend --data, or choose another --run")
     batch = lambda i: sharding.global_rows(mesh, (c.rows, stages[i].tokens // c.rows + 1), plan[i])
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
     began, weights, n = time.perf_counter(), p.like["params"], sharding.ways(mesh, "rows")
@@ -338,7 +338,7 @@ def train(c: Config, stop=lambda step: False) -> Result:
                         raise InputError(f"{run}: disk full: a save takes {need / 1e6:.0f} MB")
                     for late in [n for n in manager.all_steps() if n > meta["step"]]:  # unreadable
                         manager.delete(late)
-                    meta = {"log": journal.log.tell(), "csv": journal.csv.tell()}
+                    meta = {"log": journal.log.tell(), "csv": journal.csv.tell(), "data": data}
                     meta |= {"step": step, "train_time": spent, "bits": int(p.bits(state))}
                     manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=meta)
                 if stopped or last:  # safe before a line says that the run is done
