@@ -103,8 +103,8 @@ def test_what_fails_after_a_training_is_a_warning(folder, tmp_path, end):
         if path.is_file():
             path.write_bytes(b"")
     done = run_all(tmp_path, "sample", "--run=a", *end)
-    (first, *_) = sorted(int(path.name) for path in (tmp_path / "runs/a/checkpoints").iterdir())
-    why = f"{tmp_path.resolve()}/runs/a/checkpoints/{first} unreadable, remove it?"
+    steps = (tmp_path / "runs/a/checkpoints").resolve().iterdir()
+    why = f"{min(steps, key=lambda path: int(path.name))} unreadable, remove it?"
     says = "warning: no sample: " * bool(end) + why
     *orbax, line = done.stderr.splitlines()
     assert done.returncode == (0 if end else 2) and line.startswith(says), done.stderr
