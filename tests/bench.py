@@ -6,6 +6,7 @@ With 1, 2, 4, ... rows per device at once, or --device_rows alone; then what eac
 """
 
 import re
+import signal
 import statistics
 import sys
 import time
@@ -151,4 +152,5 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a compiler would not hear Python's for minutes
     tool.run(main)

@@ -221,7 +221,7 @@ CHECKS |= {"plain": partial(training, "plain")}
 
 def check(name: str, argv: list[str], end: float) -> bool | None:  # None: out of time
     command = [sys.executable, "-W", "ignore", __file__, *argv, f"--check={name}", f"--end={end}"]
-    limit = ["timeout", "-k", "5", str(max(1, end - time.monotonic()))]
+    limit = ["timeout", "--foreground", "-k", "5", str(max(1, end - time.monotonic()))]
     done = subprocess.run(limit + command, stderr=subprocess.PIPE, text=True)
     killed = done.returncode in (-9, 137)  # for not ending 5 s after it was told, or for memory
     late = done.returncode == 124 or killed and time.monotonic() >= end

@@ -6,6 +6,7 @@ faster in Triton: only a GPU can say. --plain: with the attention of GPUs older 
 
 import os
 import re
+import signal
 import sys
 import time
 from collections import Counter
@@ -110,4 +111,5 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a compiler would not hear Python's for minutes
     tool.run(main)

@@ -9,6 +9,7 @@ TPU. Exit status 0 if the training fits, else 2.
 import importlib.util
 import os
 import re
+import signal
 import sys
 import time
 from collections import Counter, namedtuple
@@ -197,4 +198,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a compiler would not hear Python's for minutes
     tool.run(main)

@@ -151,6 +151,15 @@ def test_no_way_to_the_vocabulary_says_what_to_do(tmp_path, monkeypatch, capsys)
     assert ended.value.code == 2 and line.startswith(says)
 
 
+def test_ctrl_c_ends_a_tool_without_a_traceback(capsys):
+    def main(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        tool.run(main)
+    assert ended.value.code == 130 and capsys.readouterr() == ("", "")
+
+
 def test_samples_are_texts_with_the_prompt_and_the_same_for_a_seed(folder):
     args = ["sample", "--run=a", "--prompt=def f(x", "--tokens=9", "--samples=2"]
     a, b, again = (run(folder, *args, f"--seed={seed}") for seed in (0, 1, 0))

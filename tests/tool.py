@@ -40,12 +40,14 @@ def write_csv(path: str, rows: list[dict]):
 
 
 def run(main):
-    """Ends Python with main(arguments)'s status; what the user can mend is one line and 2. With
-    --help it is what the file says of itself."""
+    """Ends Python with main(arguments)'s status; what the user can mend is one line and 2, Ctrl-C
+    is 130. With --help it is what the file says of itself."""
     if {"-h", "--help"} & {*sys.argv[1:]}:
         sys.exit(print(sys.modules["__main__"].__doc__))
     try:
         sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Exception as error:  # DataError is the same as InputError
         hints = [hint for words, hint in train_gpt.HINTS.items() if re.search(words, str(error))]
         if not (hints or isinstance(error, (InputError, OSError))):
