@@ -105,19 +105,17 @@ def attend(q, k, v, doc, window: int, P: int):
     block = math.gcd(N, 1 << max(5, min(9, (window // 2).bit_length())))
     back = min(-(-window // block), N // block - 1)
     span = (back + 1) * block  # what a block of queries sees: memory grows with N x window
-
-    def band(x, fill=0):  # (B, N, ...) -> (B, N / block, span, ...)
-        ahead = [(0, 0), (back * block, 0)] + [(0, 0)] * (x.ndim - 2)
-        x = jnp.pad(x, ahead, constant_values=fill).reshape(B, -1, block, *x.shape[2:])
-        return jnp.concatenate([x[:, j : j + N // block] for j in range(back + 1)], 2)
-
-    away, doc = back * block + np.subtract.outer(range(block), range(span)), jnp.repeat(doc, P, 1)
-    same = doc.reshape(B, -1, block, 1) == band(doc, -1)[:, :, None]
+    cut = lambda x: x.reshape(B, -1, block, x.shape[2])  # (B, N, K) -> (B, N / block, block, K)
+    slide = lambda x: jnp.concatenate([x[:, j : j + N // block] for j in range(back + 1)], 2)
+    band = lambda x: slide(jnp.pad(cut(x), [(0, 0), (back, 0), (0, 0), (0, 0)], constant_values=-1))
+    away = back * block + np.subtract.outer(range(block), range(span))
+    doc = jnp.repeat(doc, P, 1)[..., None]  # none is -1
+    same = cut(doc) == band(doc).swapaxes(2, 3)
     seen = (away >= 0) & (away <= window) & same  # (B, N / block, block, span)
 
     @jax.checkpoint
     def head(qkv):  # (B, T, P, K) each
-        q, (k, v) = qkv[0].reshape(B, -1, block, K), (band(x.reshape(B, N, K)) for x in qkv[1:])
+        q, k, v = (f(x.reshape(B, N, K)) for f, x in zip((cut, band, band), qkv))
         logits = jnp.einsum("bnqk,bnsk->bnqs", q, k, preferred_element_type=jnp.float32)
         p = jax.nn.softmax(jnp.where(seen, logits, -1e30)).astype(v.dtype)
         return jnp.einsum("bnqs,bnsk->bnqk", p, v).reshape(B, N, K)
@@ -196,9 +194,8 @@ def attention(x, r, w, kind: str, view, doc):
     gate = lambda y, n: lax.logistic(jnp.einsum("btg,hg->bht", y, w[n]))[..., None]  # float32
     y, v = mix((r, x[..., :G])), [(r[:, None], v)]  # of norm(x), as norm(x) @ w is r * (x @ w)
     if "v" in kind:
-        both = jnp.concatenate([y[..., : G // 2], w["ve"][..., : G // 2]], -1)
-        share = 2 * gate(y if P == 2 else both, "value_gate")
-        v += [(share, w["ve"].reshape(B, T, -1, K).swapaxes(1, 2))]
+        by = y if P == 2 else jnp.concatenate([y[..., : G // 2], w["ve"][..., : G // 2]], -1)
+        v += [(2 * gate(by, "value_gate"), w["ve"].reshape(B, T, -1, K).swapaxes(1, 2))]
     theta = (P * jnp.arange(T)[:, None] + jnp.arange(P)[:, None, None]) * view.freqs
     # In pairs the record turns odd heads one further; its pairs are h and h + H/2, ours neighbours.
     odd = np.arange(q.shape[1]).reshape(P, -1).T.ravel() % P if P == 2 else np.zeros(1)

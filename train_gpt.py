@@ -297,7 +297,8 @@ def train(c: Config, stop=lambda step: False) -> Result:
         if isinstance(error, BlockingIOError):  # not a file system without locks
             raise InputError(f"{run} is in training: end that, or choose another --run") from error
     manager, state, meta = opened(c, run, p, clean=True)
-    if meta.get("data", data := int(held_out.sum() + plan[-1](slice(None)).sum())) != data:
+    data = int(held_out.sum() + plan[-1](slice(None)).sum()) % 2**31
+    if meta.get("data", int(ocp.multihost.broadcast_one_to_all(np.array(data)))) != data:
         raise InputError(f"{run} was begun with other tokens: mend --data, or choose another --run")
     batch = lambda i: sharding.global_rows(mesh, (c.rows, stages[i].tokens // c.rows + 1), plan[i])
     first, spent, journal = meta["step"], meta["train_time"], Journal(run, c, meta)
@@ -323,9 +324,10 @@ def train(c: Config, stop=lambda step: False) -> Result:
         journal.scalar(step, ms, "train_loss", loss, step < 6 or step % -(-c.steps // 25) == 0)
         journal.scalar(step, ms, "grad_norm", norm)
 
-    early, pending, began = any([stop(k) for k in range(first)]), (), time.perf_counter()
+    early = any([stop(k) for k in range(first)])  # JAX must be asked of each, in turn
+    pending, began = (), time.perf_counter()
     with lock, closing(manager), closing(journal.board):  # whatever comes, a begun save ends
-        for step in range(first, c.steps + 1):  # early: JAX must be asked of each, in turn
+        for step in range(first, c.steps + 1):
             last, stopped = step == c.steps, step < c.steps and (stop(step) or early)
             validating, saving = last or step % c.val_every == 0, last or step % c.save_every == 0
             if stopped or saving or validating:

@@ -65,13 +65,13 @@ class Launch(subprocess.Popen):
 
 
 def test_processes_have_ranks_a_port_and_a_prefix(tmp_path):
-    keys = "RANK LOCAL_RANK WORLD_SIZE no_grpc_proxy MASTER_ADDR MASTER_PORT"
+    keys = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT"
     keys = f"[os.environ[k] for k in '{keys}'.split()]"
     code = f"print('to out', {keys}, sys.argv[2:]); print('one\\ntwo', file=sys.stderr)"
     launch = Launch(tmp_path, "--nproc=3", code, "--a=b c", "--d=*")
     assert launch.wait(60) == 0
     port = re.search(r"'(\d+)'\] ", launch.out())[1]
-    want = "[{0}] to out ['{0}', '{0}', '3', '127.0.0.1', '127.0.0.1', '{1}'] ['--a=b c', '--d=*']"
+    want = "[{0}] to out ['{0}', '{0}', '3', '127.0.0.1', '{1}'] ['--a=b c', '--d=*']"
     assert sorted(launch.out().splitlines()) == [want.format(rank, port) for rank in range(3)]
     want = [f"[{rank}] {word}" for rank in range(3) for word in ("one", "two")]
     assert sorted(launch.err().splitlines()) == want

@@ -25,6 +25,7 @@ from kill import values
 
 ARGS = [*ONE_LAYER, "--width=16", "--steps=20", "--val_every=99", "--save_every=5"]
 ARGS += ["--run=a", "--device_rows=1"]
+PROXY = {"http_proxy": "http://127.0.0.1:9"}  # nothing is there, and it is not for us
 LAUNCH = [ROOT / "launch", "--nproc=2", "--cpu_devices=4", *ARGS]
 
 
@@ -54,7 +55,7 @@ def by_hand(folder, *environments):
     """`python train_gpt.py` in each of the environments. -> what they said"""
     command = [sys.executable, ROOT / "train_gpt.py", "--cpu_devices=4", *ARGS]
     start = lambda env: subprocess.Popen(
-        command, cwd=folder, env=os.environ | env, stdout=-1, stderr=-2, text=True
+        command, cwd=folder, env=os.environ | PROXY | env, stdout=-1, stderr=-2, text=True
     )
     both = [start(env) for env in environments]
     try:
@@ -69,7 +70,7 @@ def by_hand(folder, *environments):
 def launched(folder, word, number):
     """Sends one of two processes a signal when the log has the word. -> status, output"""
     log, out = folder / "runs/a/log.txt", folder / "out"
-    env = os.environ | {"PYTHON": sys.executable, "http_proxy": "http://127.0.0.1:9"}  # not for us
+    env = os.environ | {"PYTHON": sys.executable} | PROXY
     with out.open("w") as file:
         with subprocess.Popen(LAUNCH, cwd=folder, env=env, stdout=file, stderr=file) as launch:
             while not (log.exists() and word in log.read_text()):
@@ -172,6 +173,27 @@ def test_so_it_does_if_slurm_has_started_torchrun():
     prints = "jax.process_count(), jax._src.xla_bridge.CUDA_VISIBLE_DEVICES.value"
     said = started(prints, *(job | {"RANK": n, "SLURM_PROCID": n} for n in "01"))
     assert said == [["2", "all"]] * 2
+
+
+def test_processes_with_unlike_tokens_do_not_train(tmp_path):
+    """As where each host has its own copy of the data, or its own Python with --data=stdlib."""
+    at = port()
+    command = [sys.executable, ROOT / "train_gpt.py", *ARGS, "--cpu_devices=4", "--data=texts"]
+    both = []
+    for rank in "01":
+        (tmp_path / rank / "texts").mkdir(parents=True)
+        (tmp_path / rank / "texts/a.txt").write_text(f"{rank}123456789" * 60_000)
+        (tmp_path / rank / "runs").symlink_to(tmp_path)
+        env = os.environ | first_of_two(at) | {"RANK": rank, "LOCAL_RANK": rank}
+        both.append(subprocess.Popen(command, cwd=tmp_path / rank, env=env, stderr=-1, text=True))
+    try:
+        _, error = both[1].communicate(timeout=300)
+        assert both[1].returncode == 2 and both[0].poll() is None, error
+        assert "runs/a was begun with other tokens" in error.splitlines()[-1]
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
 
 
 def saved_in_all(folder, status, said):
