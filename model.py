@@ -110,8 +110,7 @@ def attend(q, k, v, doc, window: int, P: int):
     band = lambda x: slide(jnp.pad(cut(x), [(0, 0), (back, 0), (0, 0), (0, 0)], constant_values=-1))
     away = back * block + np.subtract.outer(range(block), range(span))
     doc = jnp.repeat(doc, P, 1)[..., None]  # none is -1
-    same = cut(doc) == band(doc).swapaxes(2, 3)
-    seen = (away >= 0) & (away <= window) & same  # (B, N / block, block, span)
+    seen = (away >= 0) & (away <= window) & (cut(doc) == band(doc).mT)  # (B, N/block, block, span)
 
     @jax.checkpoint
     def head(qkv):  # (B, T, P, K) each

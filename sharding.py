@@ -27,6 +27,7 @@ ways = lambda mesh, axis: int(np.prod([mesh.shape[name] for name in RULES.get(ax
 def start_processes():
     """Joins the processes of a job, by torchrun's variables or what JAX knows: SLURM, TPU pods."""
     env.setdefault("grpc_proxy", "")  # processes of a job reach each other without an HTTP proxy
+    jax.config.update("jax_check_proxy_envs", False)  # or JAX would warn of that very variable
     if int(env.get("WORLD_SIZE") or 1) > 1:  # has the GPU LOCAL_RANK, or all if alone on its host
         at = f"{env['MASTER_ADDR']}:{int(env['MASTER_PORT']) + 1}"  # torchrun may listen on it
         names = "WORLD_SIZE", "RANK", "LOCAL_RANK" if env.get("LOCAL_WORLD_SIZE") != "1" else ""

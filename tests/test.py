@@ -11,5 +11,7 @@ if __name__ == "__main__":
             print(f"{sys.executable} has no {name}: pip install pytest-xdist", file=sys.stderr)
             sys.exit(2)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    command = [sys.executable, "-m", "pytest", "-q", str(Path(__file__).parent), *sys.argv[1:]]
+    named = any(Path(word.partition("::")[0]).exists() for word in sys.argv[1:])
+    all_ = [] if named else [str(Path(__file__).parent)]
+    command = [sys.executable, "-m", "pytest", "-q", *all_, *sys.argv[1:]]
     os.execv(sys.executable, command)

@@ -64,6 +64,7 @@ def by_hand(folder, *environments):
         for process in both:
             process.kill()
     assert [process.returncode for process in both] == [0, 0], said
+    assert "proxy" not in "".join(said)  # nor does JAX warn of it
     return said
 
 
