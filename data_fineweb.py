@@ -28,8 +28,7 @@ def read_shard(path: Path, vocab: int, repo: str = "") -> np.ndarray:
     header, room = np.fromfile(path, "<i4", 256).tolist(), (path.stat().st_size - 1024) // 2
     if len(header) < 256 or header[:2] != [20240520, 1] or not 0 < header[2] <= room:
         raise DataError(f"{path}: not a token shard: magic, version, tokens {header[:3]}: cut off?")
-    tokens = np.memmap(path, "<u2", "r", 1024, (header[2],))
-    if tokens.max() >= vocab:
+    if (tokens := np.memmap(path, "<u2", "r", 1024, (header[2],))).max() >= vocab:
         raise DataError(f"{path}: token {tokens.max()} is outside the vocabulary of {vocab}")
     return tokens
 
@@ -84,8 +83,7 @@ def plan(corpus: Corpus, steps) -> list:
         for start, end in pairwise([*np.flatnonzero(tokens == corpus.bos).tolist(), len(tokens)]):
             row_tokens, max_doc, rows = steps[len(planned)]
             packed[-1].append(slice(start, min(end, start + max_doc, start + row_tokens + 1 - n)))
-            n += packed[-1][-1].stop - start
-            if n > row_tokens:
+            if (n := n + packed[-1][-1].stop - start) > row_tokens:
                 packed, n = [*packed, []], 0
             if len(packed) > rows:
                 planned.append(partial(batch, tokens, packed[:-1]))
@@ -97,8 +95,7 @@ def plan(corpus: Corpus, steps) -> list:
 
 def validation(corpus: Corpus, tokens: int, row_tokens: int, split: int = 1) -> np.ndarray:
     """The first held-out tokens, (n, row_tokens + 1), not aligned to documents; split divides n."""
-    held_out = corpus.read(corpus.val)[: tokens + 1]
-    if len(held_out) <= row_tokens:
+    if len(held_out := corpus.read(corpus.val)[: tokens + 1]) <= row_tokens:
         raise DataError(f"validation: no row of --val_row_tokens in {len(held_out)} tokens")
     rows = np.lib.stride_tricks.sliding_window_view(held_out, row_tokens + 1)[::row_tokens]
     return rows[: len(rows) // split * split or None]  # devices share them evenly

@@ -68,8 +68,7 @@ def yarn(K: int, longs) -> tuple[np.ndarray, float]:
     """Frequencies (K/2,), half of them 0 (record 17), and scale, behind windows `longs` (31)."""
     freqs, scale = (1 / 1024) ** np.linspace(0, 1, K // 4, dtype=np.float32), 0.1
     for old, new in zip(longs, longs[1:]):
-        keep = np.clip((old * freqs / (2 * np.pi) - 1) / 31, 0, 1)
-        freqs = freqs * (old / new + keep * (1 - old / new))
+        freqs = freqs * np.interp(old * freqs / (2 * np.pi), [1, 32], [old / new, 1])
         scale *= 0.2 * math.log(new / old) + 1
     return np.concatenate([freqs, np.zeros(K // 4)]).astype(np.float32), scale
 

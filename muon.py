@@ -16,8 +16,7 @@ zeros = lambda table, params: {name: jnp.zeros_like(params[name]) for name in ta
 def orthogonalize(x):
     """Nearly U V^T of matrices (..., rows, columns): U S V^T with S close to 1."""
     square = jnp.square(x.astype(jnp.float32)).sum((-2, -1), keepdims=True)
-    x = (x / (1.02 * jnp.sqrt(square) + 1e-6)).astype(x.dtype)
-    tall = x.shape[-2] > x.shape[-1]
+    x, tall = (x / (1.02 * jnp.sqrt(square) + 1e-6)).astype(x.dtype), x.shape[-2] > x.shape[-1]
     dot = lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32)
     for a, b, c in jnp.float32(POLAR_EXPRESS):  # else the coefficients, too, would be bfloat16
         gram = x.mT @ x if tall else x @ x.mT

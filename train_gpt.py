@@ -77,10 +77,16 @@ class Config(SimpleNamespace):
         preset, like = choose("preset", keys.get("preset", "speedrun"), PRESETS), words(KEYS)
         values = like | words(PRESETS[preset]) | {choose("key", n, like): keys[n] for n in keys}
         super().__init__(**{name: typed(name, values[name], like[name]) for name in like})
-        stages = STAGES[choose("stages", self.stages, STAGES)]
-        wrong = [self.heads % 2, self.width % (4 * self.heads), self.bos >= min(self.vocab, 2**16)]
-        if any(wrong + [self.width < model.G] + [stage.tokens % self.rows for stage in stages]):
-            raise InputError("need even --heads, --width = 4 n heads, --bos < --vocab, --rows 2**n")
+        of = Stage(*zip(*STAGES[choose("stages", self.stages, STAGES)]))  # a tuple of each column
+        needs = {
+            "even --heads": self.heads % 2 == 0,
+            "--width = 4 n heads > 11": self.width % (4 * self.heads) == 0 and self.width > 11,
+            "--bos below --vocab and 65536": self.bos < min(self.vocab, 2**16),
+            "--rows that divide the tokens of each stage": not any(np.array(of.tokens) % self.rows),
+            "stages whose ends rise to 1": of.end[-1] == 1 and [*of.end] == sorted({*of.end}),
+        }
+        if unmet := [need for need, met in needs.items() if not met]:
+            raise InputError(f"need {', '.join(unmet)}")
 
     def schedule(self) -> list[tuple[int, int, Stage]]:  # (first step, end, stage) of each
         ends = [round(stage.end * self.steps) for stage in STAGES[self.stages]]
@@ -246,9 +252,8 @@ def opened(c: Config, run: Path, p: SimpleNamespace, clean: bool = False):
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             state = manager.restore(step, args=ocp.args.StandardRestore(p.like))
-            meta = manager.metadata(step).custom_metadata
-            if int(p.bits(state)) != meta["bits"]:  # orbax has no checksum
-                raise ValueError("it is not what was saved")
+            if int(p.bits(state)) != (meta := manager.metadata(step).custom_metadata)["bits"]:
+                raise ValueError("it is not what was saved")  # orbax has no checksum
             return manager, state, meta
         except Exception as error:  # whatever it is that the library stumbles over
             if step == min(manager.all_steps()) or jax.process_count() > 1:  # others may wait here

@@ -127,8 +127,8 @@ def layout(c, stage: int) -> list[dict]:
 
 def main(argv: list[str]):
     keys = {"preset": "speedrun" if train_gpt.accelerator() else "smoke"} | tool.keys_of(argv)
-    profile, path, meshes = (keys.pop(name, "") for name in ("profile", "csv", "meshes"))
-    stage = keys.pop("stage", "0")
+    path, stage = tool.file_of(keys, "csv"), keys.pop("stage", "0")
+    profile, meshes = (keys.pop(name, "") for name in ("profile", "meshes"))
     c, rows, costs = train_gpt.Config(**keys), [], []
     stage = int(train_gpt.choose("--stage", stage, [str(i) for i in range(len(c.schedule()))]))
     train_gpt.start(c)

@@ -55,6 +55,9 @@ held = lambda tree: sum(  # bytes per device
 def slice_of(topology: str) -> tuple[list, Chip]:
     """The devices of a slice such as v5e:2x4. Raises InputError."""
     library, (kind, _, shape) = os.environ.get("TPU_LIBRARY_PATH"), topology.partition(":")
+    slices = f"--topology={topology}: no such slice, like v5e:2x4:"
+    if kind not in CHIPS:
+        raise InputError(f"{slices} chips are {', '.join(CHIPS)}")
     if not (Path(library).exists() if library else importlib.util.find_spec("libtpu")):
         raise InputError(f'no TPU compiler: {sys.executable} -m pip install "jax[tpu]"')
     quiet = {"TPU_ACCELERATOR_TYPE": "v6e-8", "TPU_WORKER_HOSTNAMES": "localhost"}  # any will do
@@ -63,9 +66,8 @@ def slice_of(topology: str) -> tuple[list, Chip]:
         one = {"chips_per_host_bounds": (1, 1, 1)} if shape in ("1x1", "1x1x1") else {}
         options = {"topology_name": topology, **CHIPS[kind].options, **one}
         return list(topologies.get_topology_desc(platform="tpu", **options).devices), CHIPS[kind]
-    except (KeyError, jax.errors.JaxRuntimeError) as error:
-        why = str(error).splitlines()[0] if kind in CHIPS else f"chips are {', '.join(CHIPS)}"
-        raise InputError(f"--topology={topology}: no such slice, like v5e:2x4: {why}") from None
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(f"{slices} {str(error).splitlines()[0]}") from None
 
 
 def programs(c, p, mesh) -> dict:
@@ -162,7 +164,7 @@ def table(rows: list[dict]) -> str:
 
 def main(argv: list[str]) -> int:
     keys = tool.keys_of(argv)
-    topology, only, path = (keys.pop(name, "") for name in ("topology", "only", "csv"))
+    path, topology, only = tool.file_of(keys, "csv"), keys.pop("topology", ""), keys.pop("only", "")
     most, c = train_gpt.typed("top", keys.pop("top", 15), "15"), train_gpt.Config(**keys)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_default_matmul_precision", "highest" if c.float32 else None)

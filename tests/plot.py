@@ -28,6 +28,7 @@ def main(argv: list[str]):
     keys = tool.keys_of([word for word in argv if word.startswith("--")])
     for name in keys:
         train_gpt.choose("key", name, ["out"])
+    out = tool.file_of(keys, "out") or "runs/plot.svg"
     named = list(dict.fromkeys(word for word in argv if not word.startswith("--")))
     runs = {run: read(run) for run in named or tool.runs("metrics.csv")}
     if bare := [run for run in named if not runs[run]]:
@@ -37,8 +38,7 @@ def main(argv: list[str]):
         raise InputError("no run under runs/ has a loss yet")
     targets = {train_gpt.configured(Path("runs", run))[0].get("target") for run in runs}
     target = targets.pop() if len(targets) == 1 else None
-    out = Path(keys.get("out", "runs/plot.svg"))
-    out.write_text(curves.picture([*runs.values()], target, [*runs]))
+    Path(out).write_text(curves.picture([*runs.values()], target, [*runs]))
     print(f"plot: {out}: {', '.join(runs)}")
 
 

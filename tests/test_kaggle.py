@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = json.loads((ROOT / "kaggle.ipynb").read_text())
 EXTRA = "--layers=pvl --width=32 --heads=2 --bigram_rows=64 --val_tokens=8192"
-EXTRA += " --val_row_tokens=1024 --save_every=1"
+EXTRA += " --val_row_tokens=1024 --save_every=1 --float32"
 NO_JAX = "import sys\nassert not {'jax', 'jaxlib'} & set(sys.modules), 'the TPU has an owner'"
 
 

@@ -220,6 +220,13 @@ def test_a_sample_is_as_likely_as_temperature_and_top_k_say(monkeypatch):
         (["plot", "b"], "b: no such run; there are: a"),
         (["plot", "a", "--uot=b.svg"], "did you mean 'out'"),
         (["plot", "--out=not/there.svg"], "not/there.svg"),
+        (["plot", "--out"], "--out: which file?"),
+        (["plot", "--out=runs"], "--out=runs: no file can be there"),
+        (["sample", "a"], "a: keys are --name=value, did you mean --run=a?"),
+        (["eval", "c"], "c: keys are --name=value\n"),
+        (["bench", "--csv=not/there.csv"], "--csv=not/there.csv: no file can be there"),
+        (["plan", "--csv=not/there.csv"], "--csv=not/there.csv: no file can be there"),
+        (["plan", "--topology=v7:2x4"], "--topology=v7:2x4: no such slice"),
     ],
 )
 def test_refused_in_one_line(folder, args, says):

@@ -257,8 +257,8 @@ def test_fewer_rows_of_validation_than_devices_leave_no_run(tmp_path):
         ("heads", "3", "need even --heads"),
         ("width", "20", "--width = 4 n heads"),
         ("width", "8", "--width = 4 n heads"),  # fewer than a gate reads
-        ("bos", "300", "--bos < --vocab"),
-        ("rows", "6", "--rows 2**n"),
+        ("bos", "300", "--bos below --vocab"),
+        ("rows", "6", "--rows that divide"),
         ("seed", "01", "expected int"),
         ("layers", "x,z", "expected layers"),
         ("seed", str(2**40), "expected int"),
@@ -274,6 +274,15 @@ def test_values_that_no_training_can_have_are_refused(name, value, says):
     with pytest.raises(train_gpt.InputError, match=re.escape(says)) as error:
         train_gpt.Config(preset="smoke", **{name: value})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ends", [(0.3, 0.6, 0.9), (0.6, 0.3, 1), (0.5, 0.5, 1), (0.5, 1, 2)])
+def test_a_table_of_stages_that_does_not_end_at_1_is_refused(monkeypatch, ends):
+    stages = [s._replace(end=end) for s, end in zip(train_gpt.STAGES["smoke"], ends)]
+    monkeypatch.setitem(train_gpt.STAGES, "mine", stages)
+    with pytest.raises(train_gpt.InputError) as error:
+        train_gpt.Config(preset="smoke", stages="mine", heads=3)
+    assert str(error.value) == "need even --heads, stages whose ends rise to 1"
 
 
 def test_the_cpu_asked_for_on_a_machine_with_a_gpu_gets_the_small_preset(monkeypatch, capsys):

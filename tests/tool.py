@@ -13,7 +13,11 @@ from sharding import InputError
 
 
 def keys_of(argv: list[str]) -> dict:
-    """--name=value as {name: value}, --name as true."""
+    """--name=value as {name: value}, --name as true. Raises InputError."""
+    for word in argv:
+        if not word.startswith("--") and "=" not in word:
+            run = f", did you mean --run={word}?" if Path("runs", word).is_dir() else ""
+            raise InputError(f"{word}: keys are --name=value{run}")
     words = (word.removeprefix("--").partition("=") for word in argv)
     return {name: value if given else "true" for name, given, value in words}
 
@@ -28,6 +32,16 @@ def line(error: BaseException) -> str:
     text = str(error).strip().partition("\n")[0]
     kind = "" if isinstance(error, (InputError, OSError)) else type(error).__name__
     return ": ".join(word for word in (kind, text) if word)
+
+
+def file_of(keys: dict, name: str, default: str = "") -> str:
+    """Takes --name=FILE out of the keys. Raises InputError early, not behind minutes of work."""
+    path = keys.pop(name, default)
+    if path == "true":
+        raise InputError(f"--{name}: which file? --{name}=FILE")
+    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise InputError(f"--{name}={path}: no file can be there")
+    return path
 
 
 def write_csv(path: str, rows: list[dict]):
