@@ -253,7 +253,7 @@ def lse_and_grads(x, head, m, fp8, chip):
         (total, dhead), (x, m) = sums, args  # x (B, n, D), m (B, n, 1)
         y, over = (mm(e4m3(4 * x), e4m3(256 * w)), 1024) if fp8 else (mm(x, w), 1)
         denom = jnp.exp(11.5 * cap(y / over, "gpu" in chip and 1 / 3)).sum(-1, keepdims=True)
-        z = cap(y / over)  # unlike the one above, or a GPU would make one for both, float32
+        z = cap(y / over)  # without b: shared with the one above a GPU would store it, float32
         g, by = (jnp.exp(11.5 * z) * (1 - z * z)).astype(x.dtype), m * 11.5 / 15 / denom
         g, xs = lax.optimization_barrier((g, (by * x).astype(x.dtype)))  # g in denom's pass
         dhead += jnp.einsum("bnv,bnd->vd", g, xs, preferred_element_type=jnp.float32)

@@ -41,7 +41,7 @@ HINTS = {  # what errors of libraries say -> what to do
     "initialize backend": "no such device for JAX:",
 }
 Result = namedtuple("Result", "val_loss train_time run_dir")  # nats, seconds, Path
-# End (part of all steps), tokens a step, longest document, windows, factor of rates; MTP, from, to.
+# End (of all steps), tokens a step, longest document, windows, rates' factor, MTP weights from, to.
 Stage, FLOOR = namedtuple("Stage", "end tokens max_doc short long lr mtp mtp_end"), 0.15
 STAGES = {  # behind the second, head and embedding are untied; rates fall till a stage of FLOOR
     "speedrun": (  # the last row is the record's extension
